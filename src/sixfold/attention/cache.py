@@ -1,0 +1,50 @@
+"""What attention remembers between segments of one sequence."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class KeyValueCache:
+    """Per-token tensors of one layer, grown by doubling so that generation copies rarely.
+
+    >>> cache = KeyValueCache()
+    >>> cache.append("key", torch.zeros(1, 2, 3, 4)).shape, cache.length
+    (torch.Size([1, 2, 3, 4]), 3)
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._room: dict[str, Tensor] = {}
+        self._filled: dict[str, int] = {}
+
+    def append(self, name: str, entry: Tensor) -> Tensor:
+        """Add (..., n, width) along the token axis and return the whole entry."""
+        start = self._filled.get(name, 0)
+        end = start + entry.shape[-2]
+        if name not in self._room or self._room[name].shape[-2] < end:
+            larger = entry.new_empty(*entry.shape[:-2], max(2 * start, end, 16), entry.shape[-1])
+            if start:
+                larger[..., :start, :] = self._room[name][..., :start, :]
+            self._room[name] = larger
+        self._room[name][..., start:end, :] = entry
+        self._filled[name] = end
+        self.length = max(self.length, end)
+        return self._room[name][..., :end, :]
+
+    def crop(self, length: int) -> None:
+        """Forget every token after the first `length`.
+
+        Raises ValueError when fewer are held.
+        """
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot crop a cache of {self.length} tokens to {length}")
+        self.length = length
+        self._filled = dict.fromkeys(self._filled, length)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Select batch rows, as beam search does."""
+        self._room = {name: room.index_select(0, rows) for name, room in self._room.items()}
+
+

@@ -1,0 +1,240 @@
+"""One attention module, four plug points.
+
+O = mix(softmax(score(Q, K) where visible) V) W_O, with Q, K, V = projection(x). What differs between
+mechanisms is the projection, the score, the reach and the mixer; each is a file in the folder of
+that name, chosen here by the file's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sixfold.attention.rotary import rotate
+from sixfold.contracts import Cache, Heads, Observation, Probe, Visibility
+from sixfold.discover import load, unknown
+from sixfold.geometry.hexgrid import HexGrid
+from sixfold.ops.attend import fused, reference
+
+Part = str | Mapping[str, Any]
+"""A variant's name, or its name with options: ``{"name": "hexagonal", "tied": True}``."""
+
+IMPLEMENTATIONS = ("auto", "fused", "reference")
+
+
+def build_part(kind: str, part: Part, heads: Heads, **factory: Any) -> Any:
+    """Build a variant of `kind` (projection, score, reach or mixer) for `heads`.
+
+    Raises ValueError naming the part, for an unknown name or option.
+    """
+    options = {"name": part} if isinstance(part, str) else dict(part)
+    name = options.pop("name", None)
+    build = load(f"sixfold.attention.{kind}", name)
+    try:
+        return build(heads, **options, **factory)
+    except TypeError as error:
+        raise ValueError(f"{kind} {name!r}: {error}") from error
+
+
+def visibility_of(
+    attn_mask: Tensor | None, key_mask: Tensor | None, shape: tuple[int, int, int, int], *, is_causal: bool
+) -> Visibility:
+    """Join the caller's masks into one that broadcasts to `shape` (b, h, n, m).
+
+    Raises ValueError for a shape or dtype that cannot be meant.
+    """
+    batch, _, n, m = shape
+    if attn_mask is not None:
+        mask = attn_mask[:, None] if attn_mask.ndim == 3 else attn_mask
+        axes = zip(mask.shape, (n, m) if mask.ndim == 2 else shape, strict=False)
+        if mask.ndim not in (2, 4) or any(size not in (1, whole) for size, whole in axes):
+            raise ValueError(
+                f"attn_mask must be (n, m), (b, n, m) or (b, h, n, m) = {shape}, "
+                f"got {tuple(attn_mask.shape)}"
+            )
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise ValueError(f"attn_mask must be boolean (True = may attend) or float, got {mask.dtype}")
+        attn_mask = mask
+    if key_mask is not None:
+        if key_mask.shape != (batch, m) or key_mask.dtype != torch.bool:
+            raise ValueError(
+                f"key_mask must be boolean (True = a real key) of shape (b, m) = {(batch, m)}, "
+                f"got {key_mask.dtype} {tuple(key_mask.shape)}"
+            )
+        keys = key_mask[:, None, None, :]
+        if attn_mask is None:
+            attn_mask = keys
+        elif attn_mask.dtype == torch.bool:
+            attn_mask = attn_mask & keys
+        else:
+            attn_mask = attn_mask.masked_fill(~keys, float("-inf"))
+    return Visibility(attn_mask, is_causal)
+
+
+class MultiHeadAttention(nn.Module):
+    """Multi-head attention whose four parts are chosen by name.
+
+    Args:
+        d_model: width of inputs and outputs.
+        num_heads: query heads.
+        head_dim: width of a head, d_model // num_heads unless given.
+        num_kv_heads: key and value heads (grouped-query attention), num_heads unless given.
+        projection: ``linear``, ``coordinate`` or ``hypernetwork``.
+        score: ``dot`` or ``cosine``.
+        reach: ``full`` or ``{"name": "window", "width": 128}``.
+        mixer: ``none``, ``ring``, ``random``, ``dense`` or ``hexagonal``.
+        rope_theta: base of rotary position embedding, or None for none.
+        dropout: probability of dropping an attention weight in training.
+        impl: ``fused`` or ``reference`` run or raise; ``auto`` is fused here.
+        batch_first: inputs are (b, n, d_model); else (n, b, d_model).
+        device: as in PyTorch.
+        dtype: as in PyTorch.
+
+    Raises:
+        ValueError: for sizes that do not divide, unknown parts (the message lists what exists),
+            and for parts that cannot work together (the message names both).
+
+    Source: Vaswani et al., arXiv 1706.03762, section 3.2.2.
+
+    >>> layer = MultiHeadAttention(64, 7, head_dim=16, projection="coordinate", mixer="hexagonal")
+    >>> layer(torch.randn(2, 10, 64), is_causal=True).shape
+    torch.Size([2, 10, 64])
+    """
+
+    def __init__(  # noqa: PLR0913 - the constructor of an attention module is its vocabulary
+        self,
+        d_model: int,
+        num_heads: int,
+        head_dim: int | None = None,
+        num_kv_heads: int | None = None,
+        *,
+        projection: Part = "linear",
+        score: Part = "dot",
+        reach: Part = "full",
+        mixer: Part = "none",
+        rope_theta: float | None = None,
+        dropout: float = 0.0,
+        impl: str = "auto",
+        batch_first: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.heads = heads = check_sizes(d_model, num_heads, head_dim, num_kv_heads)
+        if impl not in IMPLEMENTATIONS:
+            raise ValueError(unknown("impl", impl, IMPLEMENTATIONS))
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        factory = {"device": device, "dtype": dtype}
+        self.projection = build_part("projection", projection, heads, **factory)
+        self.score = build_part("score", score, heads, **factory)
+        self.reach = build_part("reach", reach, heads, **factory)
+        self.mixer = build_part("mixer", mixer, heads, **factory)
+        self.output = nn.Linear(heads.num_heads * heads.head_dim, d_model, bias=False, **factory)
+        if rope_theta is not None and not self.score.rotation_invariant:
+            raise ValueError(f"score {score!r} cannot be used with rope: rotating changes its value")
+        if rope_theta is not None and heads.head_dim % 2:
+            raise ValueError(f"rope turns pairs of features: head_dim must be even, got {heads.head_dim}")
+        self.rope_theta, self.dropout, self.impl = rope_theta, dropout, impl
+        self.batch_first = batch_first
+        self.probe: Probe | None = None
+
+    @property
+    def grid(self) -> HexGrid | None:
+        """The hexagonal grid the heads sit on, if a part puts them there."""
+        return self.mixer.grid or self.projection.grid
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        attn_mask: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        is_causal: bool = False,
+        cache: Cache | None = None,
+        need_weights: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attend from x to itself, or to context.
+
+        Args:
+            x: (b, n, d_model).
+            context: (b, m, d_model) for cross-attention.
+            attn_mask: (n, m), (b, n, m) or (b, h, n, m); boolean, True = may attend, or a float
+                tensor added to the logits.
+            key_mask: (b, m), True = a real key. With a cache, m counts the cached tokens too.
+            is_causal: query i sees keys up to i, counted from the end (lower-right aligned).
+            cache: earlier segments of the same sequence; extended in place.
+            need_weights: also return the attention weights, (b, h, n, m), before dropout.
+
+        Returns:
+            (b, n, d_model), or a pair of it and the weights. Rows that may attend to nothing are
+            exactly zero in both (the output before any bias).
+
+        Raises:
+            ValueError: for masks of the wrong shape, and for a cache or rope with a context.
+        """
+        if not self.batch_first:
+            x = x.transpose(0, 1)
+            context = None if context is None else context.transpose(0, 1)
+        if context is not None and (cache is not None or self.rope_theta is not None):
+            part = "a cache" if cache is not None else "rope"
+            raise ValueError(f"{part} orders the tokens of one sequence: it cannot serve a context")
+        probe, source = self.probe, x if context is None else context
+        past = 0 if cache is None else cache.length
+        shape = (x.shape[0], self.heads.num_heads, x.shape[1], past + source.shape[1])
+        visibility = visibility_of(attn_mask, key_mask, shape, is_causal=is_causal)
+        if probe is not None:
+            probe.mark("start")
+        query, key, value = self.projection(x, source, visibility, cache)
+        if self.rope_theta is not None:
+            query, key = rotate(query, past, self.rope_theta), rotate(key, past, self.rope_theta)
+        if cache is not None:
+            key, value = cache.append("key", key), cache.append("value", value)
+        if probe is not None:
+            probe.mark("projection")
+        visibility = self.reach(visibility, shape[2], shape[3], x.device)
+        features = self.score(query, key)
+        attend = reference.attend if self.impl == "reference" else fused.attend
+        out = attend(features, value, visibility, self.dropout if self.training else 0.0)
+        if probe is not None:
+            probe.mark("attention")
+            probe.observe(Observation(features, visibility))
+        mixed = self.mixer.mix_outputs(out.transpose(1, 2))
+        if probe is not None:
+            probe.mark("mixing")
+        out = self.output(mixed.flatten(2))
+        out = out if self.batch_first else out.transpose(0, 1)
+        return (out, reference.weights(features, visibility)) if need_weights else out
+
+    def scale_head_(self, head: int, power: int) -> None:
+        """Multiply the logits of one head by 2**power, in place and exactly reversibly."""
+        if not 0 <= head < self.heads.num_heads:
+            raise ValueError(f"head must be in [0, {self.heads.num_heads}), got {head}")
+        self.score.scale_head_(head, power, self.projection)
+
+    def materialize(self) -> dict[str, Tensor]:
+        """Plain weights ``q`` (h, d, d_model), ``k`` and ``v`` (h_kv, d, d_model)."""
+        return self.projection.materialize()
+
+
+def check_sizes(
+    d_model: int, num_heads: int, head_dim: int | None, num_kv_heads: int | None
+) -> Heads:
+    """Fill in the defaults of the sizes, or raise a ValueError that names the wrong one."""
+    for name, size in (("d_model", d_model), ("num_heads", num_heads)):
+        if size < 1:
+            raise ValueError(f"{name} must be 1 or more, got {size}")
+    if head_dim is None:
+        if d_model % num_heads:
+            raise ValueError(
+                f"d_model {d_model} is not a multiple of num_heads {num_heads}: give head_dim"
+            )
+        head_dim = d_model // num_heads
+    num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(f"num_kv_heads {num_kv_heads} does not divide num_heads {num_heads}")
+    return Heads(d_model, num_heads, head_dim, num_kv_heads)

@@ -1,0 +1,126 @@
+"""Projections written by a small network, from the head's coordinate and from what is in view.
+
+W_h(s) = g_h (M_h + sum over r of a_hr(s) M_r),   a(s) = sum over k of c_k(s) phi_k(q_h, r_h)
+
+The M_r are a bank of matrices as large as plain projections; phi_k is a basis generated from the
+coordinate, c_0 = 1 and c_k(s) read the summary s: the mean of the tokens that a token may see. Under
+a causal mask that is the prefix mean, so no weight ever depends on the future. Q, K and V have
+banks, bases and coefficients of their own. Source of the idea: Ha et al., HyperNetworks, arXiv
+1609.09106.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sixfold.attention.projection.coordinate import places
+from sixfold.attention.projection.linear import split_heads
+from sixfold.contracts import Cache, Heads, Point, Visibility
+from sixfold.geometry.hexgrid import HexGrid
+from sixfold.ops.attend.reference import visible
+
+BASIS, HIDDEN = 4, 64
+
+
+def summaries(tokens: Tensor, visibility: Visibility, n: int) -> Tensor:
+    """Mean of the tokens each of the last n positions may see: (b, n or 1, d_model).
+
+    Raises ValueError for masks that differ between heads: one summary serves all of them.
+    """
+    if visibility.mask is None and not visibility.is_causal:
+        return tokens.mean(1, keepdim=True)
+    if visibility.mask is None:
+        count = torch.arange(1, tokens.shape[1] + 1, device=tokens.device, dtype=tokens.dtype)
+        return (tokens.cumsum(1) / count[:, None])[:, -n:]
+    mask = visible(visibility, n, tokens.shape[1], tokens.device)
+    if mask.ndim > 2 and mask.shape[-3] > 1:
+        raise ValueError(
+            "projection 'hypernetwork' cannot serve an attn_mask that differs between heads: "
+            f"one summary of the visible tokens serves all of them; got mask {tuple(mask.shape)}"
+        )
+    seen = mask if mask.dtype == torch.bool else ~mask.isneginf()
+    seen = (seen[:, 0] if seen.ndim == 4 else seen).to(tokens.dtype)
+    return (seen @ tokens) / seen.sum(-1, keepdim=True).clamp(min=1)
+
+
+class Writer(nn.Module):
+    """The weights of one role (queries, keys or values)."""
+
+    def __init__(self, heads: Heads, count: int, grid: HexGrid, **factory: object) -> None:
+        super().__init__()
+        self.count, self.head_dim = count, heads.head_dim
+        self.bank = nn.Linear(heads.d_model, count * heads.head_dim, bias=False, **factory)
+        self.basis = nn.Sequential(
+            nn.Linear(2, HIDDEN, **factory), nn.GELU(), nn.Linear(HIDDEN, BASIS * count, **factory)
+        )
+        self.reader = nn.Sequential(
+            nn.Linear(heads.d_model, HIDDEN, **factory), nn.Tanh(), nn.Linear(HIDDEN, BASIS - 1, **factory)
+        )  # fmt: skip
+        self.register_buffer("place", places(grid, count, **factory), persistent=False)
+        self.register_buffer("gain", torch.ones(count, 1, **factory))
+        nn.init.normal_(self.bank.weight, std=heads.d_model**-0.5)
+
+    def coefficients(self, summary: Tensor) -> Tensor:
+        """I + a(s), gains included: (..., h, h) for summaries (..., d_model)."""
+        basis = self.basis(self.place).unflatten(-1, (BASIS, self.count)) * self.count**-0.5
+        read = torch.einsum("...k,hkr->...hr", self.reader(summary), basis[:, 1:])
+        own = torch.eye(self.count, device=basis.device, dtype=basis.dtype)
+        return self.gain * (own + basis[:, 0] + read)
+
+    def forward(self, tokens: Tensor, summary: Tensor) -> Tensor:
+        """(b, h, n, d) from tokens (b, n, d_model) and their summaries (b, n or 1, d_model)."""
+        spread = split_heads(self.bank(tokens), self.head_dim)
+        coefficients = self.coefficients(summary)
+        if coefficients.shape[1] == 1:
+            return torch.einsum("brnd,bhr->bhnd", spread, coefficients[:, 0])
+        return torch.einsum("brnd,bnhr->bhnd", spread, coefficients)
+
+
+class HypernetworkProjection(nn.Module):
+    """Weights per head, and per token where tokens see different things."""
+
+    def __init__(self, heads: Heads, **factory: object) -> None:
+        super().__init__()
+        self.heads, self.grid = heads, HexGrid.of(heads.num_heads)
+        self.q = Writer(heads, heads.num_heads, self.grid, **factory)
+        self.k = Writer(heads, heads.num_kv_heads, self.grid, **factory)
+        self.v = Writer(heads, heads.num_kv_heads, self.grid, **factory)
+
+    def forward(
+        self, x: Tensor, context: Tensor, visibility: Visibility, cache: Cache | None
+    ) -> Point:
+        """Project x (b, n, d_model) and context (b, m, d_model)."""
+        if context is x:
+            tokens = x if cache is None else cache.append("tokens", x)
+            ours = theirs = summaries(tokens, visibility, x.shape[1])
+        else:
+            rows = None if visibility.mask is None else visibility.mask.shape[-2]
+            if visibility.is_causal or rows not in (None, 1):
+                raise ValueError(
+                    "projection 'hypernetwork' cannot serve cross-attention whose queries see "
+                    "different keys (attn_mask or is_causal): a key's weights would tell each "
+                    "query of the others' keys; use key_mask, or projection 'coordinate'"
+                )
+            ours = theirs = summaries(context, visibility, 1)
+        return Point(self.q(x, ours), self.k(context, theirs), self.v(context, theirs))
+
+    def materialize(self) -> dict[str, Tensor]:
+        """Plain weights by role at an empty view (s = 0); with a view they differ by input."""
+        weights = {}
+        for name, writer in (("q", self.q), ("k", self.k), ("v", self.v)):
+            bank = writer.bank.weight.unflatten(0, (writer.count, -1))
+            empty = bank.new_zeros(self.heads.d_model)
+            weights[name] = torch.einsum("hr,rdm->hdm", writer.coefficients(empty), bank)
+        return weights
+
+    @torch.no_grad()
+    def scale_head_(self, head: int, query: float, key: float) -> None:
+        """Lower the gain of one head's queries and of its group's keys."""
+        self.q.gain[head] *= query
+        self.k.gain[head * self.heads.num_kv_heads // self.heads.num_heads] *= key
+
+
+def build(heads: Heads, **factory: object) -> HypernetworkProjection:
+    """The projection of `heads`, whose number must fill a hexagonal grid."""
+    return HypernetworkProjection(heads, **factory)

@@ -1,0 +1,27 @@
+"""Rotary position embedding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rotate(x: Tensor, offset: int, theta: float) -> Tensor:
+    """Turn each feature pair (x_i, x_{i + d/2}) by position * theta^(-2i/d).
+
+    Inner products then depend on relative position only.
+
+    Args:
+        x: (b, h, n, d), d even.
+        offset: position of the first token.
+        theta: base of the geometric series of wavelengths.
+
+    Source: Su et al., RoFormer, arXiv 2104.09864, eq. 34 (half-split pairing as in LLaMA).
+    """
+    half = x.shape[-1] // 2
+    grid = torch.arange(half, device=x.device, dtype=torch.float32)
+    position = torch.arange(offset, offset + x.shape[-2], device=x.device, dtype=torch.float32)
+    angle = position[:, None] * theta ** (-grid / half)
+    cosine, sine = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)

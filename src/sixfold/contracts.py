@@ -1,0 +1,233 @@
+"""Every interface of Sixfold and the small tuples they exchange.
+
+Axes: ``b`` batch, ``h`` heads, ``n`` queries, ``m`` keys, ``d`` head width. A mask is True where a
+query may attend. The layers meet only here: training knows an `Observer`, not the governor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from sixfold.geometry.hexgrid import HexGrid
+
+# ---------------------------------------------------------------- attention
+
+
+class Heads(NamedTuple):
+    """The sizes every part of an attention layer is built from."""
+
+    d_model: int
+    num_heads: int
+    head_dim: int
+    num_kv_heads: int
+
+
+class Point(NamedTuple):
+    """What a *point* projection emits: query (b, h, n, d), key and value (b, h_kv, m, d)."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+class Features(NamedTuple):
+    """A score as an inner product: logit = scale * <query, key>, ready for fused attention."""
+
+    query: Tensor
+    key: Tensor
+    scale: float
+
+
+class Visibility(NamedTuple):
+    """Which keys each query sees: a mask broadcastable to (b, h, n, m), or plain causality."""
+
+    mask: Tensor | None
+    is_causal: bool
+
+
+class Observation(NamedTuple):
+    """What a layer shows a probe on a sampled step: the fused features and who sees whom."""
+
+    features: Features
+    visibility: Visibility
+
+
+class Cache(Protocol):
+    """Per-token tensors of earlier segments: append-only, cut and reordered as a whole."""
+
+    length: int
+
+    def append(self, name: str, entry: Tensor) -> Tensor:
+        """Add (..., n, width) to the named entry and return all of it."""
+
+    def crop(self, length: int) -> None:
+        """Forget everything after the first `length` tokens."""
+
+    def reorder(self, rows: Tensor) -> None:
+        """Select batch rows, as beam search does."""
+
+
+class Projection(Protocol):
+    """Where queries, keys and values come from."""
+
+    heads: Heads
+    grid: HexGrid | None
+
+    def __call__(self, x: Tensor, context: Tensor, visibility: Visibility, cache: Cache | None) -> Point:
+        """Project x (b, n, d_model) to queries and context (b, m, d_model) to keys and values."""
+
+    def materialize(self) -> dict[str, Tensor]:
+        """Plain weights ``q`` (h, d, d_model), ``k`` and ``v`` (h_kv, d, d_model)."""
+
+    def scale_head_(self, head: int, query: float, key: float) -> None:
+        """Multiply one head's queries and (its group's) keys in place."""
+
+
+class Score(Protocol):
+    """How a query rates a key."""
+
+    rotation_invariant: bool
+
+    def __call__(self, query: Tensor, key: Tensor) -> Features:
+        """Features whose scaled inner product is the score."""
+
+    def scale_head_(self, head: int, power: int, projection: Projection) -> None:
+        """Multiply one head's logits by 2**power, exactly: what a QK-clip means for this score."""
+
+
+class Reach(Protocol):
+    """Which keys a query can see."""
+
+    def __call__(self, visibility: Visibility, n: int, m: int, device: torch.device) -> Visibility:
+        """Narrow what the caller allows."""
+
+
+class Mixer(Protocol):
+    """How heads talk to each other."""
+
+    grid: HexGrid | None
+
+    def mix_outputs(self, heads: Tensor) -> Tensor:
+        """Mix head outputs (b, n, h, d), same shape out."""
+
+
+class Probe(Protocol):
+    """A visitor that a layer calls on the steps on which it is set."""
+
+    def observe(self, observation: Observation) -> None:
+        """Receive the features of this forward pass."""
+
+    def mark(self, stage: Literal["start", "projection", "attention", "mixing", "output"]) -> None:
+        """A stage of the layer has just ended (``start``: is about to begin)."""
+
+
+# ---------------------------------------------------------------- training
+
+
+class Batch(NamedTuple):
+    """Model inputs and what they are scored against."""
+
+    inputs: Tensor
+    targets: Tensor
+
+
+class Dataset(Protocol):
+    """Batches that depend on (seed, step) alone, so that a step number is a data position."""
+
+    objective: Literal["tokens", "labels", "states"]
+
+    def train_batch(self, seed: int, step: int, size: int) -> Batch:
+        """The whole batch of one step, for all ranks and all accumulation slices."""
+
+    def validation_batches(self, size: int) -> Iterator[Batch]:
+        """Every validation example exactly once."""
+
+
+class Observer(Protocol):
+    """What the loop calls once per step; the governor is one, a tracker another."""
+
+    def penalty(self) -> Tensor | None:
+        """A term to add to this step's loss, or None."""
+
+    def process_step(self, loss: float) -> Any:
+        """Close the step after the optimizer has moved."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs, as plain JSON values."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`."""
+
+
+# ---------------------------------------------------------------- governing
+
+PerHead = tuple[tuple[float, ...], ...]
+"""A signal by layer, then head."""
+
+
+class HeadId(NamedTuple):
+    """One attention head of a model."""
+
+    layer: int
+    head: int
+
+
+class Snapshot(NamedTuple):
+    """What the governor sees at one step. A signal that was not measured is absent."""
+
+    step: int
+    loss: float
+    signals: Mapping[str, PerHead]
+    scalars: Mapping[str, float]
+    times_us: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What a change promises: `signal` at `target` moves past `bound` within `within` steps."""
+
+    signal: str
+    target: HeadId
+    direction: Literal["fall", "rise"]
+    bound: float
+    within: int
+
+
+class Change(Protocol):
+    """Anything that alters a running model: expected, applied, undone, paid for, proven."""
+
+    name: str
+    target: HeadId
+    expects: Expectation
+    cost: str
+
+    def apply(self, subject: Any) -> None:
+        """Alter the running model."""
+
+    def undo(self, subject: Any) -> None:
+        """Take the alteration back."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What came of a change, against what it promised."""
+
+    held: bool
+    value: float
+    step: int
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A paired effect: the same batches with and without a change."""
+
+    with_change: tuple[float, ...]
+    without: tuple[float, ...]
+    mean: float
+    interval: tuple[float, float]

@@ -1,0 +1,64 @@
+"""Head graphs as adjacency matrices, and their Laplacians."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def ring(num_nodes: int) -> Tensor:
+    """A cycle: node i is joined to i - 1 and i + 1.
+
+    >>> ring(5).sum(1)
+    tensor([2., 2., 2., 2., 2.])
+    """
+    matrix = torch.zeros(num_nodes, num_nodes)
+    nodes = torch.arange(num_nodes)
+    matrix[nodes, (nodes + 1) % num_nodes] = 1.0
+    matrix = torch.maximum(matrix, matrix.T)
+    return matrix.fill_diagonal_(0.0)
+
+
+def complete(num_nodes: int) -> Tensor:
+    """Every node joined to every other.
+
+    >>> int(complete(4).sum())
+    12
+    """
+    return torch.ones(num_nodes, num_nodes).fill_diagonal_(0.0)
+
+
+def rewire(adjacency: Tensor, seed: int, swaps_per_edge: int = 20) -> Tensor:
+    """A random simple graph with the same degree at every node.
+
+    Double edge swaps: (a-b, c-d) become (a-d, c-b) where that makes neither a loop nor a double
+    edge. Source: Maslov and Sneppen, Science 296 (2002), the degree-preserving null model.
+    """
+    generator = np.random.default_rng(seed)
+    matrix = adjacency.numpy().astype(bool)
+    edges = np.argwhere(np.triu(matrix))
+    for _ in range(swaps_per_edge * len(edges)):
+        first, second = generator.integers(len(edges), size=2)
+        (a, b), (c, d) = edges[first], edges[second][:: generator.choice([1, -1])]
+        if len({a, b, c, d}) < 4 or matrix[a, d] or matrix[c, b]:
+            continue
+        for left, right, present in ((a, b, False), (c, d, False), (a, d, True), (c, b, True)):
+            matrix[left, right] = matrix[right, left] = present
+        edges[first], edges[second] = (a, d), (c, b)
+    return torch.from_numpy(matrix.astype(np.float32))
+
+
+def laplacian(adjacency: Tensor, *, normalized: bool = False) -> Tensor:
+    """L = D - A, or I - D^(-1/2) A D^(-1/2) with eigenvalues in [0, 2].
+
+    Isolated nodes get a zero row in both. Source: Chung, Spectral Graph Theory (1997), ch. 1.
+
+    >>> laplacian(ring(3)).diagonal()
+    tensor([2., 2., 2.])
+    """
+    degree = adjacency.sum(-1)
+    if not normalized:
+        return torch.diag(degree) - adjacency
+    scale = torch.where(degree > 0, degree.rsqrt(), torch.zeros_like(degree))
+    return torch.diag((degree > 0).to(adjacency.dtype)) - scale[:, None] * adjacency * scale

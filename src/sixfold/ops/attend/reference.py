@@ -1,0 +1,47 @@
+"""What attention over features means: softmax of scaled inner products, materialised."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sixfold.contracts import Features, Visibility
+
+
+def visible(visibility: Visibility, n: int, m: int, device: torch.device) -> Tensor | None:
+    """The mask as one tensor broadcastable to (b, h, n, m); causality is lower-right aligned."""
+    if not visibility.is_causal:
+        return visibility.mask
+    causal = torch.ones(n, m, dtype=torch.bool, device=device).tril(m - n)
+    if visibility.mask is None:
+        return causal
+    if visibility.mask.dtype == torch.bool:
+        return visibility.mask & causal
+    return visibility.mask.masked_fill(~causal, float("-inf"))
+
+
+def logits(features: Features, visibility: Visibility) -> Tensor:
+    """scale * <query, key> where visible, -inf elsewhere; (b, h, n, m)."""
+    query, key, scale = features
+    groups = query.shape[1] // key.shape[1]
+    scores = scale * query @ key.repeat_interleave(groups, dim=1).transpose(-1, -2)
+    mask = visible(visibility, query.shape[-2], key.shape[-2], query.device)
+    if mask is None:
+        return scores
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(~mask, float("-inf"))
+    return scores + mask
+
+
+def weights(features: Features, visibility: Visibility) -> Tensor:
+    """Softmax of the logits over keys; a row that sees nothing is exactly zero. (b, h, n, m)."""
+    scores = logits(features, visibility)
+    blind = scores.isneginf().all(-1, keepdim=True)
+    return scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
+
+
+def attend(features: Features, value: Tensor, visibility: Visibility, dropout: float) -> Tensor:
+    """Weights times values, (b, h, n, d_v); dropout falls on the weights."""
+    groups = features.query.shape[1] // value.shape[1]
+    kept = torch.dropout(weights(features, visibility), dropout, train=dropout > 0)
+    return kept @ value.repeat_interleave(groups, dim=1)
