@@ -1,0 +1,66 @@
+"""The residual block that every model stacks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from sixfold.attention.multihead import MultiHeadAttention
+from sixfold.contracts import Cache
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Args:
+        d_model: width.
+        attention: options of `MultiHeadAttention` other than d_model.
+        mlp_ratio: hidden width of the MLP over d_model.
+        dropout: probability of dropping a residual update.
+
+    Source: Xiong et al., On Layer Normalization in the Transformer, arXiv 2002.04745 (pre-norm).
+    """
+
+    def __init__(
+        self, d_model: int, attention: Mapping[str, Any], mlp_ratio: float = 4.0, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        hidden = round(mlp_ratio * d_model)
+        self.attention_norm = nn.LayerNorm(d_model, bias=False)
+        self.attention = MultiHeadAttention(d_model, **attention)
+        self.mlp_norm = nn.LayerNorm(d_model, bias=False)
+        self.mlp = nn.Sequential(
+            nn.Linear(d_model, hidden, bias=False), nn.GELU(), nn.Linear(hidden, d_model, bias=False)
+        )
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, *, cache: Cache | None = None, **visibility: Any) -> Tensor:
+        """(b, n, d_model) in and out; `visibility` holds attn_mask, key_mask, is_causal."""
+        x = x + self.drop(self.attention(self.attention_norm(x), cache=cache, **visibility))
+        return x + self.drop(self.mlp(self.mlp_norm(x)))
+
+
+def blocks(
+    num_layers: int,
+    d_model: int,
+    attention: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    mlp_ratio: float,
+    dropout: float,
+) -> nn.ModuleList:
+    """`num_layers` blocks; `attention` is one set of options for all, or one per layer.
+
+    Weights that write to the residual stream start smaller by sqrt(2 * num_layers).
+    Source: Radford et al., GPT-2 (2019), section 2.3.
+    """
+    if num_layers < 1:
+        raise ValueError(f"num_layers must be 1 or more, got {num_layers}")
+    layers = [attention] * num_layers if isinstance(attention, Mapping) else list(attention)
+    if len(layers) != num_layers:
+        raise ValueError(f"attention lists {len(layers)} layers, num_layers is {num_layers}")
+    stack = nn.ModuleList(Block(d_model, options, mlp_ratio, dropout) for options in layers)
+    for block in stack:
+        for writer in (block.attention.output, block.mlp[-1]):
+            nn.init.normal_(writer.weight, std=(2 * num_layers * writer.in_features) ** -0.5)
+    return stack

@@ -1,0 +1,182 @@
+"""A decoder language model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sixfold.attention.cache import KeyValueCache
+from sixfold.discover import unknown
+from sixfold.models.block import blocks
+
+POSITIONS = ("rotary", "learned")
+ROTARY_THETA = 10_000.0
+EMBEDDING_STD = 0.02
+
+
+class LanguageModel(nn.Module):
+    """Token embedding, causal blocks, and a head that shares the embedding's weights.
+
+    p(x_{t+1} | x_1 .. x_t) = softmax(E norm(h_t))
+
+    Args:
+        vocab_size: number of tokens.
+        context: longest sequence seen in training.
+        d_model: width.
+        num_layers: blocks.
+        attention: options of `MultiHeadAttention`, for all layers or one mapping per layer.
+        positions: ``rotary`` (relative, inside attention) or ``learned`` (absolute, added).
+        mlp_ratio: hidden width of the MLP over d_model.
+        dropout: probability of dropping a residual update.
+
+    Raises:
+        ValueError: for unknown positions or attention options, and for sequences longer than
+            `context` where positions are learned.
+
+    >>> model = LanguageModel(vocab_size=65, context=32, d_model=28, num_layers=2,
+    ...                       attention={"num_heads": 7, "mixer": "hexagonal"})
+    >>> model(torch.zeros(1, 10, dtype=torch.long)).shape
+    torch.Size([1, 10, 65])
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        context: int,
+        d_model: int = 128,
+        num_layers: int = 4,
+        attention: Mapping[str, Any] | Sequence[Mapping[str, Any]] = {"num_heads": 4},  # noqa: B006
+        positions: str = "rotary",
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if positions not in POSITIONS:
+            raise ValueError(unknown("positions", positions, POSITIONS))
+        theta = ROTARY_THETA if positions == "rotary" else None
+        layers = [attention] * num_layers if isinstance(attention, Mapping) else attention
+        layers = [{"rope_theta": theta, **options} for options in layers]
+        self.context = context
+        self.embedding = nn.Embedding(vocab_size, d_model)
+        self.position = nn.Embedding(context, d_model) if positions == "learned" else None
+        self.drop = nn.Dropout(dropout)
+        self.blocks = blocks(num_layers, d_model, layers, mlp_ratio, dropout)
+        self.norm = nn.LayerNorm(d_model, bias=False)
+        for table in (self.embedding, self.position):
+            if table is not None:
+                nn.init.normal_(table.weight, std=EMBEDDING_STD)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        caches: Sequence[KeyValueCache] | None = None,
+        key_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (b, n, vocab_size) of the token after each of `tokens` (b, n).
+
+        `caches` (one per block) hold earlier segments and are extended; `key_mask` (b, m) is False
+        at padding, cached tokens included.
+        """
+        past = caches[0].length if caches else 0
+        x = self.embedding(tokens)
+        if self.position is not None:
+            if past + tokens.shape[1] > self.context:
+                raise ValueError(
+                    f"sequence of {past + tokens.shape[1]} tokens is longer than the context of "
+                    f"{self.context} whose positions were learned"
+                )
+            x = x + self.position.weight[past : past + tokens.shape[1]]
+        x = self.drop(x)
+        for layer, block in enumerate(self.blocks):
+            cache = caches[layer] if caches else None
+            x = block(x, cache=cache, key_mask=key_mask, is_causal=True)
+        return nn.functional.linear(self.norm(x), self.embedding.weight)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+        use_cache: bool = True,
+    ) -> Iterator[Tensor]:
+        """Yield one token (b,) at a time, drawn after the prompt `tokens` (b, n).
+
+        Past `context` tokens each step reads the last `context` of them afresh, so that a cache
+        never changes what is drawn.
+
+        Args:
+            tokens: prompt, at least one token.
+            max_new_tokens: how many to draw.
+            temperature: divides the logits; 0 takes the most likely token.
+            top_k: keep the k most likely.
+            top_p: keep the most likely whose probabilities reach p together.
+            generator: source of randomness.
+            use_cache: False reads the whole sequence at every step.
+        """
+        check_sampling(temperature, top_k, top_p)
+        if tokens.ndim != 2 or tokens.shape[1] < 1:
+            raise ValueError(f"prompt must be (b, n) with n >= 1, got {tuple(tokens.shape)}")
+        was_training = self.training
+        self.eval()
+        try:
+            caches = None
+            for _ in range(max_new_tokens):
+                fits = use_cache and tokens.shape[1] <= self.context
+                if fits and caches is None:
+                    caches = [KeyValueCache() for _ in self.blocks]
+                    segment = tokens
+                else:
+                    segment = tokens[:, -1:] if fits else tokens[:, -self.context :]
+                logits = self(segment, caches=caches if fits else None)[:, -1]
+                drawn = sample(logits, temperature, top_k, top_p, generator)
+                tokens = torch.cat([tokens, drawn[:, None]], dim=1)
+                yield drawn
+        finally:
+            self.train(was_training)
+
+
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raise a ValueError that names the sampling setting that cannot be meant."""
+    if temperature < 0:
+        raise ValueError(f"temperature must be 0 or more, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be 1 or more, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+
+
+def sample(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw one token per row of logits (b, vocab_size).
+
+    Source: Holtzman et al., The Curious Case of Neural Text Degeneration, arXiv 1904.09751 (top-p).
+
+    >>> sample(torch.tensor([[0.0, 3.0, 1.0]]), temperature=0.0)
+    tensor([1])
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    if top_p is not None:
+        ordered, order = logits.softmax(-1).sort(descending=True)
+        # a token stays while those before it fall short of p: the first one always does
+        dropped = ordered.cumsum(-1) - ordered >= top_p
+        logits = logits.masked_fill(dropped.gather(-1, order.argsort(-1)), float("-inf"))
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]

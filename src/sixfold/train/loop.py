@@ -1,0 +1,254 @@
+"""The training loop: one step after another, watched, saved, and resumed to the bit."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from sixfold.contracts import Dataset, Observer
+from sixfold.discover import unknown
+from sixfold.record import Log
+from sixfold.train import checkpoint
+from sixfold.train.distributed import ALONE, World
+from sixfold.train.objective import Validation, loss
+from sixfold.train.optimizer import OptimizerSettings, set_rate
+from sixfold.train.step import PRECISIONS, StepSettings, autocast, train_step
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How long and how a model is trained; batches and steps are those of the optimizer."""
+
+    steps: int = 2000
+    batch_size: int = 12
+    accumulation: int = 1
+    precision: str = "fp32"
+    clip_norm: float | None = 1.0
+    validate_every: int = 250
+    checkpoint_every: int = 250
+    patience: int | None = None
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(unknown("train.precision", self.precision, PRECISIONS))
+        for name in ("steps", "batch_size", "accumulation", "validate_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} must be 1 or more, got {getattr(self, name)}")
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"train.batch_size {self.batch_size} is not a multiple of "
+                f"train.accumulation {self.accumulation}"
+            )
+
+
+class Progress(NamedTuple):
+    """What a display can show after a step."""
+
+    step: int
+    steps: int
+    loss: float
+    validation: float | None
+    tokens_per_s: float
+
+
+class Interrupted(Exception):  # noqa: N818 - an order obeyed, not an error
+    """The user asked to stop; everything up to `step` is saved."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"stopped after step {step}; saved")
+        self.step = step
+
+
+class Diverged(RuntimeError):
+    """The loss is not a number: going on would only hide a dead model."""
+
+
+class Outcome(NamedTuple):
+    """How a run ended."""
+
+    step: int
+    validation: Validation | None
+    best: tuple[float, int]
+    stopped_early: bool
+
+
+@dataclass
+class Training:
+    """A run: what is trained, on what, how, and who watches."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    dataset: Dataset
+    settings: TrainSettings
+    rates: OptimizerSettings
+    folder: Path
+    header: dict[str, Any]
+    observers: Sequence[Observer] = ()
+    logs: Sequence[Any] = ()
+    world: World = ALONE
+    report: Callable[[Progress], None] = lambda progress: None  # noqa: ARG005
+    best: tuple[float, int] = field(default=(math.inf, 0), init=False)
+
+
+def step_settings(run: Training) -> StepSettings:
+    """The part of the settings that one step needs."""
+    settings = run.settings
+    return StepSettings(
+        run.dataset.objective, settings.accumulation, settings.precision, settings.clip_norm
+    )
+
+
+@torch.no_grad()
+def validate(run: Training) -> Validation:
+    """Mean loss (and accuracy, where there are labels) over the whole validation set."""
+    run.model.eval()
+    total = right = count = 0.0
+    size = 8 * run.settings.batch_size
+    for batch in run.dataset.validation_batches(size):
+        batch = type(batch)(*(tensor.to(run.world.device) for tensor in batch))  # noqa: PLW2901
+        with autocast(run.settings.precision, run.world.device):
+            value = loss(run.dataset.objective, run.model, batch)
+            if run.dataset.objective == "labels":
+                right += (run.model(batch.inputs).argmax(-1) == batch.targets).sum().item()
+        total += value.item() * batch.targets.numel()
+        count += batch.targets.numel()
+    run.model.train()
+    return Validation(total / count, right / count if run.dataset.objective == "labels" else None)
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C or SIGTERM into a question the loop asks between steps."""
+    asked: list[int] = []
+
+    def ask(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def save(run: Training, step: int, metrics: Log | None) -> None:
+    """Write a checkpoint after `step` steps; logs are made durable first."""
+    if run.world.leads and metrics is not None:
+        logs = {log.path.name: log.position() for log in (metrics, *run.logs)}
+        state = {
+            "logs": logs,
+            "best": run.best,
+            "observers": [observer.state_dict() for observer in run.observers],
+        }
+        checkpoint.save(
+            run.folder / "checkpoints", step, run.model, run.optimizer, state, frozenset({run.best[1]})
+        )
+    run.world.wait()
+
+
+def restore(run: Training, saved: checkpoint.Saved) -> None:
+    """Put a checkpoint's state into the run."""
+    checkpoint.load_training(saved, run.model, run.optimizer)
+    run.best = (saved.state["best"][0], saved.state["best"][1])
+    for observer, state in zip(run.observers, saved.state["observers"], strict=True):
+        observer.load_state_dict(state)
+
+
+def fit(run: Training, saved: checkpoint.Saved | None = None) -> Outcome:
+    """Train from the start, or from `saved`, to the end.
+
+    Raises:
+        Interrupted: the user asked to stop; the run is saved and can be resumed.
+        Diverged: the loss became NaN or infinite.
+        OSError: a file could not be written; earlier checkpoints are intact.
+    """
+    if run.settings.batch_size % (run.settings.accumulation * run.world.size):
+        raise ValueError(
+            f"train.batch_size {run.settings.batch_size} cannot be shared by {run.world.size} "
+            f"processes with train.accumulation {run.settings.accumulation}"
+        )
+    start, offset = 0, 0
+    if saved is not None:
+        restore(run, saved)
+        start, offset = saved.step, saved.state["logs"]["metrics.jsonl"]
+    metrics = Log(run.folder / "metrics.jsonl", run.header, offset) if run.world.leads else None
+    run.model.train()
+    try:
+        with stop_requests() as asked:
+            return _fit(run, start, metrics, asked)
+    finally:
+        if metrics is not None:
+            metrics.close()
+
+
+def _fit(run: Training, start: int, metrics: Log | None, asked: Callable[[], bool]) -> Outcome:
+    settings, plan = run.settings, step_settings(run)
+    model = run.world.wrap(run.model)
+    validation, patience_left = None, True
+    for step in range(start, settings.steps):
+        began = time.perf_counter()
+        batch = run.dataset.train_batch(settings.seed, step, settings.batch_size)
+        rate = run.rates.rate(step, settings.steps)
+        set_rate(run.optimizer, rate)
+        measured = train_step(model, run.optimizer, batch, plan, lambda: penalties(run), run.world)
+        for observer in run.observers:
+            observer.process_step(measured.loss)
+        speed = batch.targets.numel() / (time.perf_counter() - began)
+        done = step + 1
+        if metrics is not None:
+            metrics.append({
+                "step": done, "split": "train", "loss": measured.loss, "learning_rate": rate,
+                "gradient_norm": measured.gradient_norm, "tokens_per_s": speed,
+            })  # fmt: skip
+        if not math.isfinite(measured.loss):
+            raise Diverged(
+                f"the loss is {measured.loss} at step {done}; lower optimizer.learning_rate, turn the "
+                "governor on, or look for bad data; earlier checkpoints are intact"
+            )
+        last = done == settings.steps
+        if last or done % settings.validate_every == 0:
+            validation = validate(run)
+            patience_left = judge(run, done, validation, metrics)
+        run.report(Progress(done, settings.steps, measured.loss, validation and validation.loss, speed))
+        stop = asked()
+        if last or stop or not patience_left or done % settings.checkpoint_every == 0:
+            save(run, done, metrics)
+        if stop and not last:
+            raise Interrupted(done)
+        if not patience_left:
+            return Outcome(done, validation, run.best, stopped_early=True)
+    return Outcome(settings.steps, validation or validate(run), run.best, stopped_early=False)
+
+
+def penalties(run: Training) -> torch.Tensor | None:
+    """The sum of what the observers add to the loss."""
+    terms = [term for term in (observer.penalty() for observer in run.observers) if term is not None]
+    return torch.stack(terms).sum() if terms else None
+
+
+def judge(run: Training, step: int, validation: Validation, metrics: Log | None) -> bool:
+    """Log a validation; False when it has not improved for `patience` validations."""
+    if metrics is not None:
+        row = {"step": step, "split": "validation", "loss": validation.loss}
+        if validation.accuracy is not None:
+            row["accuracy"] = validation.accuracy
+        metrics.append(row)
+    if validation.loss < run.best[0]:
+        run.best = (validation.loss, step)
+    patience = run.settings.patience
+    return patience is None or step - run.best[1] < patience * run.settings.validate_every
