@@ -21,7 +21,7 @@ _HOME = {
     "plot_hexagonal_grid": "sixfold.report.figures",
 }
 
-__all__ = ["__version__", *_HOME]  # noqa: PLE0604
+__all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:

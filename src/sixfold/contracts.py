@@ -79,11 +79,16 @@ class Projection(Protocol):
     heads: Heads
     grid: HexGrid | None
 
-    def __call__(self, x: Tensor, context: Tensor, visibility: Visibility, cache: Cache | None) -> Point:
+    def __call__(
+        self, x: Tensor, context: Tensor, visibility: Visibility, cache: Cache | None
+    ) -> Point:
         """Project x (b, n, d_model) to queries and context (b, m, d_model) to keys and values."""
 
     def materialize(self) -> dict[str, Tensor]:
         """Plain weights ``q`` (h, d, d_model), ``k`` and ``v`` (h_kv, d, d_model)."""
+
+    def gradients(self) -> dict[str, Tensor] | None:
+        """Gradients of each head's own matrices, shaped as `materialize`; None before a backward."""
 
     def scale_head_(self, head: int, query: float, key: float) -> None:
         """Multiply one head's queries and (its group's) keys in place."""
@@ -149,13 +154,21 @@ class Dataset(Protocol):
         """Every validation example exactly once."""
 
 
+class Seen(Protocol):
+    """What an observer has to say about a step."""
+
+    @property
+    def text(self) -> tuple[str, ...]:
+        """Sentences for whoever is watching."""
+
+
 class Observer(Protocol):
     """What the loop calls once per step; the governor is one, a tracker another."""
 
     def penalty(self) -> Tensor | None:
         """A term to add to this step's loss, or None."""
 
-    def process_step(self, loss: float) -> Any:
+    def process_step(self, loss: float | None = None) -> Seen:
         """Close the step after the optimizer has moved."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -187,6 +200,11 @@ class Snapshot(NamedTuple):
     scalars: Mapping[str, float]
     times_us: Mapping[str, float]
 
+    def signal(self, name: str, head: HeadId) -> float | None:
+        """One head's value of a signal, None where it was not measured."""
+        values = self.signals.get(name)
+        return None if values is None else values[head.layer][head.head]
+
 
 @dataclass(frozen=True)
 class Expectation:
@@ -203,9 +221,10 @@ class Change(Protocol):
     """Anything that alters a running model: expected, applied, undone, paid for, proven."""
 
     name: str
+    cost: str
+    lasts: int | None
     target: HeadId
     expects: Expectation
-    cost: str
 
     def apply(self, subject: Any) -> None:
         """Alter the running model."""

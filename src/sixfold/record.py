@@ -14,7 +14,18 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
-COLUMNS = ("experiment", "case", "metric", "value", "unit", "spread", "seeds", "device", "commit", "config")
+COLUMNS = (
+    "experiment",
+    "case",
+    "metric",
+    "value",
+    "unit",
+    "spread",
+    "seeds",
+    "device",
+    "commit",
+    "config",
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +58,9 @@ def commit() -> str:
     if not (root / ".git").exists():
         return "unversioned"
     git = ["git", "-C", str(root)]
-    found = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+    found = subprocess.run(
+        [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True
+    )
     if found.returncode != 0:
         return "unversioned"
     changed = subprocess.run([*git, "status", "--porcelain", "src"], capture_output=True, text=True)
@@ -135,7 +148,10 @@ def publish(path: Path, results: list[Result], provenance: Provenance) -> None:
         "commit": provenance.commit,
         "config": provenance.config_hash,
     }
-    rows = [{key: f"{v:.6g}" if isinstance(v, float) else v for key, v in asdict(r).items()} for r in results]
+    rows = [
+        {key: f"{v:.6g}" if isinstance(v, float) else v for key, v in asdict(r).items()}
+        for r in results
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")

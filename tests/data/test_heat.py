@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sixfold.data import heat
-from sixfold.data._kinds import DataError
+from sixfold.errors import DataError
 
 FLOW = {"kappa": 0.01, "velocity": (0.7, -0.4)}
 

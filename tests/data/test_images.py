@@ -9,7 +9,7 @@ import torch
 from sixfold.contracts import Batch
 from sixfold.data import cifar10, digits, fashion_mnist
 from sixfold.data._images import labelled_images
-from sixfold.data._kinds import DataError, DataMissing
+from sixfold.errors import DataError, DataMissing
 
 
 def channels(images):

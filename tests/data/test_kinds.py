@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sixfold.contracts import Batch
-from sixfold.data._kinds import DataError, LabelledExamples, States, TokenStream
+from sixfold.data._kinds import LabelledExamples, States, TokenStream
+from sixfold.errors import DataError
 
 
 class Counting:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from sixfold.data import sst2
-from sixfold.data._kinds import DataError
+from sixfold.errors import DataError
 
 TRAIN = [("a warm film ", 1), ("a dull , dull film ", 0), ("warm ", 1)]
 DEV = [("a strange film ", 0), ("a ", 1)]

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from sixfold.data import corpus, shakespeare
-from sixfold.data._kinds import DataError, DataMissing
 from sixfold.data._text import token_stream
 from sixfold.data.tokenizer import bpe
+from sixfold.errors import DataError, DataMissing
 
 LINES = "to be, or not to be: that is the question.\n" * 40
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from sixfold import discover
 from sixfold.data import shakespeare
-from sixfold.data._kinds import DataError, DataMissing
 from sixfold.data.tokenizer import bpe, characters, words
 from sixfold.data.tokenizer._file import load_tokenizer, save_tokenizer
+from sixfold.errors import DataError, DataMissing
 
 NAMES = discover.names("sixfold.data.tokenizer")
 LINES = "to be, or not to be: that is the question.\n" * 20

@@ -183,7 +183,8 @@ class MultiHeadAttention(nn.Module):
         if context is not None and (cache is not None or self.rope_theta is not None):
             part = "a cache" if cache is not None else "rope"
             raise ValueError(f"{part} orders the tokens of one sequence: it cannot serve a context")
-        probe, source = self.probe, x if context is None else context
+        probe = self.probe if self.training else None
+        source = x if context is None else context
         past = 0 if cache is None else cache.length
         shape = (x.shape[0], self.heads.num_heads, x.shape[1], past + source.shape[1])
         visibility = visibility_of(attn_mask, key_mask, shape, is_causal=is_causal)

@@ -17,14 +17,7 @@ import torch
 from torch import Tensor
 
 from sixfold.contracts import Batch
-
-
-class DataError(ValueError):
-    """Data that cannot be trained on as given; the message says what to change."""
-
-
-class DataMissing(FileNotFoundError):  # noqa: N818 (what the reader sees is the sentence)
-    """Data that is not where it was looked for; the message says where to get it."""
+from sixfold.errors import DataError
 
 
 class Tokenizer(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from sixfold.data._kinds import DataMissing
+from sixfold.errors import DataMissing
 
 
 def find(relative: str, home: str) -> Path:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from sixfold import discover
-from sixfold.data._kinds import DataError, TokenStream
+from sixfold.data._kinds import TokenStream
+from sixfold.errors import DataError
 
 
 def token_stream(

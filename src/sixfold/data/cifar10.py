@@ -14,11 +14,12 @@ from torch import Tensor
 
 from sixfold.contracts import Batch
 from sixfold.data._images import generated_images, labelled_images
-from sixfold.data._kinds import DataError, LabelledExamples
+from sixfold.data._kinds import LabelledExamples
 from sixfold.data._root import find
+from sixfold.errors import DataError
 
-_FILE = "cifar10-test/cifar10_test_from_bigbench.npz"
-_HOME = (
+FILES = ("cifar10-test/cifar10_test_from_bigbench.npz",)
+HOME = (
     "https://www.cs.toronto.edu/~kriz/cifar.html (the binary version's test_batch.bin, saved by "
     "numpy.savez as X (10000, 32, 32, 3) and y (10000,), both uint8)"
 )
@@ -32,12 +33,12 @@ def build() -> LabelledExamples:
 
     Raises DataMissing without the file, DataError when it holds something else.
     """
-    path = find(_FILE, _HOME)
+    path = find(FILES[0], HOME)
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
             pixels, labels = content["X"], content["y"]
     except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} holds no arrays X and y; get it again from {_HOME}") from error
+        raise DataError(f"{path} holds no arrays X and y; get it again from {HOME}") from error
     kinds = {pixels.dtype, labels.dtype}
     if pixels.shape != _SHAPE or labels.shape != _SHAPE[:1] or kinds != {np.dtype(np.uint8)}:
         raise DataError(

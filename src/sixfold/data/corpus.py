@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sixfold.data._kinds import DataError, DataMissing, TokenStream
+from sixfold.data._kinds import TokenStream
 from sixfold.data._text import generated_text, token_stream
+from sixfold.errors import DataError, DataMissing
 
 
 def build(

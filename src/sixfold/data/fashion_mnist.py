@@ -16,10 +16,16 @@ from torch import Tensor
 
 from sixfold.contracts import Batch
 from sixfold.data._images import generated_images, labelled_images
-from sixfold.data._kinds import DataError, LabelledExamples
+from sixfold.data._kinds import LabelledExamples
 from sixfold.data._root import find
+from sixfold.errors import DataError
 
-_HOME = "https://github.com/zalandoresearch/fashion-mnist"
+FILES = tuple(
+    f"fashion-mnist/{part}-{kind}-ubyte.gz"
+    for part in ("train", "t10k")
+    for kind in ("images-idx3", "labels-idx1")
+)
+HOME = "https://github.com/zalandoresearch/fashion-mnist"
 
 
 def build() -> LabelledExamples:
@@ -44,16 +50,16 @@ def read_idx(path: Path, shape: tuple[int, ...]) -> Tensor:
     try:
         content = gzip.decompress(path.read_bytes())
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} is not a whole gzip file; get it again from {_HOME}") from error
+        raise DataError(f"{path} is not a whole gzip file; get it again from {HOME}") from error
     sizes = b"".join(size.to_bytes(4, "big") for size in shape)
     header = bytes((0, 0, 8, len(shape))) + sizes
     if not content.startswith(header) or len(content) != len(header) + math.prod(shape):
-        raise DataError(f"{path} does not hold bytes of shape {shape}; get it again from {_HOME}")
+        raise DataError(f"{path} does not hold bytes of shape {shape}; get it again from {HOME}")
     # a copy, since torch wants memory that it may write
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=len(header)).copy()).view(shape)
 
 
 def _read(part: str, count: int) -> Batch:
-    images = find(f"fashion-mnist/{part}-images-idx3-ubyte.gz", _HOME)
-    labels = find(f"fashion-mnist/{part}-labels-idx1-ubyte.gz", _HOME)
+    images = find(f"fashion-mnist/{part}-images-idx3-ubyte.gz", HOME)
+    labels = find(f"fashion-mnist/{part}-labels-idx1-ubyte.gz", HOME)
     return Batch(read_idx(images, (count, 28, 28))[:, None], read_idx(labels, (count,)))

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from sixfold.contracts import Batch
-from sixfold.data._kinds import DataError, States
+from sixfold.data._kinds import States
+from sixfold.errors import DataError
 
 _VALIDATION_FRACTION = 0.2
 

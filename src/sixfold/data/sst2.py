@@ -17,13 +17,15 @@ from torch import Tensor
 
 from sixfold import discover
 from sixfold.contracts import Batch
-from sixfold.data._kinds import DataError, LabelledExamples, Tokenizer
+from sixfold.data._kinds import LabelledExamples, Tokenizer
 from sixfold.data._root import find
+from sixfold.errors import DataError
 
 PAD = 0
 """The id that fills a row after its last token; no tokenizer here gives it to a token."""
 
-_HOME = "https://gluebenchmark.com/tasks (SST-2; two columns, sentence and label, under a header)"
+FILES = tuple(f"sst2/{part}.tsv" for part in ("train", "dev", "test"))
+HOME = "https://gluebenchmark.com/tasks (SST-2; two columns, sentence and label, under a header)"
 
 Labelled = list[tuple[str, int]]
 
@@ -44,7 +46,7 @@ def build(
     """
     if validation not in ("dev", "test"):
         raise DataError(discover.unknown("validation part", validation, ("dev", "test")))
-    train, rest = (read(find(f"sst2/{part}.tsv", _HOME)) for part in ("train", validation))
+    train, rest = (read(find(f"sst2/{part}.tsv", HOME)) for part in ("train", validation))
     return _examples(train, rest, length, tokenizer, vocab_size)
 
 

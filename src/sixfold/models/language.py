@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sixfold.attention.cache import KeyValueCache
 from sixfold.discover import unknown
-from sixfold.models.block import blocks
+from sixfold.models._block import blocks, given, with_defaults
 
 POSITIONS = ("rotary", "learned")
 ROTARY_THETA = 10_000.0
@@ -48,17 +48,17 @@ class LanguageModel(nn.Module):
         context: int,
         d_model: int = 128,
         num_layers: int = 4,
-        attention: Mapping[str, Any] | Sequence[Mapping[str, Any]] = {"num_heads": 4},  # noqa: B006
+        attention: Mapping[str, Any] | Sequence[Mapping[str, Any]] = {"num_heads": 4},
         positions: str = "rotary",
         mlp_ratio: float = 4.0,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        self.arguments = given(locals())
         if positions not in POSITIONS:
             raise ValueError(unknown("positions", positions, POSITIONS))
         theta = ROTARY_THETA if positions == "rotary" else None
-        layers = [attention] * num_layers if isinstance(attention, Mapping) else attention
-        layers = [{"rope_theta": theta, **options} for options in layers]
+        layers = with_defaults(attention, num_layers, rope_theta=theta)
         self.context = context
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.position = nn.Embedding(context, d_model) if positions == "learned" else None
@@ -96,7 +96,10 @@ class LanguageModel(nn.Module):
             x = block(x, cache=cache, key_mask=key_mask, is_causal=True)
         return nn.functional.linear(self.norm(x), self.embedding.weight)
 
-    @torch.no_grad()
+    def outer_flops(self, tokens: int) -> int:
+        """FLOPs of the head, for one sequence."""
+        return 2 * tokens * self.embedding.weight.numel()
+
     def generate(
         self,
         tokens: Tensor,
@@ -121,10 +124,28 @@ class LanguageModel(nn.Module):
             top_p: keep the most likely whose probabilities reach p together.
             generator: source of randomness.
             use_cache: False reads the whole sequence at every step.
+
+        Raises:
+            ValueError: at the call, for settings that cannot be meant or an empty prompt.
         """
         check_sampling(temperature, top_k, top_p)
         if tokens.ndim != 2 or tokens.shape[1] < 1:
             raise ValueError(f"prompt must be (b, n) with n >= 1, got {tuple(tokens.shape)}")
+
+        def draw(logits: Tensor) -> Tensor:
+            return sample(logits, temperature, top_k, top_p, generator)
+
+        return self._continue(tokens, max_new_tokens, draw, use_cache=use_cache)
+
+    @torch.no_grad()
+    def _continue(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        draw: Callable[[Tensor], Tensor],
+        *,
+        use_cache: bool,
+    ) -> Iterator[Tensor]:
         was_training = self.training
         self.eval()
         try:
@@ -136,8 +157,7 @@ class LanguageModel(nn.Module):
                     segment = tokens
                 else:
                     segment = tokens[:, -1:] if fits else tokens[:, -self.context :]
-                logits = self(segment, caches=caches if fits else None)[:, -1]
-                drawn = sample(logits, temperature, top_k, top_p, generator)
+                drawn = draw(self(segment, caches=caches if fits else None)[:, -1])
                 tokens = torch.cat([tokens, drawn[:, None]], dim=1)
                 yield drawn
         finally:
@@ -180,3 +200,6 @@ def sample(
         dropped = ordered.cumsum(-1) - ordered >= top_p
         logits = logits.masked_fill(dropped.gather(-1, order.argsort(-1)), float("-inf"))
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+build = LanguageModel

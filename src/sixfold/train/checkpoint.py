@@ -20,12 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sixfold.errors import CheckpointError
+
 FORMAT = 1
 KEEP = 2
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be used: damaged, foreign or absent."""
 
 
 class Saved(NamedTuple):
@@ -95,7 +93,9 @@ def save(
         draft.mkdir(parents=True)
         weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
         save_file(weights, draft / "model.safetensors")
-        save_file(optimizer_tensors(model, optimizer) | random_states(), draft / "optimizer.safetensors")
+        save_file(
+            optimizer_tensors(model, optimizer) | random_states(), draft / "optimizer.safetensors"
+        )
         (draft / "state.json").write_text(json.dumps({"step": step, **state}))
         sums = {file.name: digest(file) for file in sorted(draft.iterdir())}
         manifest = {"format": FORMAT, "step": step, "sha256": sums}
@@ -107,7 +107,9 @@ def save(
         sync(root)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)
-        raise OSError(f"cannot write checkpoint {place}: {error}; earlier checkpoints are intact") from error
+        raise OSError(
+            f"cannot write checkpoint {place}: {error}; earlier checkpoints are intact"
+        ) from error
     for number, folder in steps(root)[:-KEEP]:
         if number not in keep:
             shutil.rmtree(folder)

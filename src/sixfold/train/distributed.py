@@ -48,7 +48,9 @@ ALONE = World(0, 1, torch.device("cpu"))
 def world(device: str) -> Iterator[World]:
     """Join the processes that ``torchrun`` started, or be alone; `device` is cpu, cuda, mps, auto."""
     if device == "auto":
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        found = (
+            torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        )
         device = found.type if found is not None else "cpu"
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if device == "cuda":

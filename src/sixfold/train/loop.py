@@ -17,6 +17,7 @@ from torch import nn
 
 from sixfold.contracts import Dataset, Observer
 from sixfold.discover import unknown
+from sixfold.errors import ConfigError, Diverged, Interrupted
 from sixfold.record import Log
 from sixfold.train import checkpoint
 from sixfold.train.distributed import ALONE, World
@@ -63,16 +64,11 @@ class Progress(NamedTuple):
     tokens_per_s: float
 
 
-class Interrupted(Exception):  # noqa: N818 - an order obeyed, not an error
-    """The user asked to stop; everything up to `step` is saved."""
+class View(NamedTuple):
+    """Who watches a run: called after each step, and with every sentence of an observer."""
 
-    def __init__(self, step: int) -> None:
-        super().__init__(f"stopped after step {step}; saved")
-        self.step = step
-
-
-class Diverged(RuntimeError):
-    """The loss is not a number: going on would only hide a dead model."""
+    step: Callable[[Progress], None] = lambda progress: None  # noqa: ARG005
+    say: Callable[[str], None] = lambda text: None  # noqa: ARG005
 
 
 class Outcome(NamedTuple):
@@ -98,7 +94,7 @@ class Training:
     observers: Sequence[Observer] = ()
     logs: Sequence[Any] = ()
     world: World = ALONE
-    report: Callable[[Progress], None] = lambda progress: None  # noqa: ARG005
+    view: View = View()  # noqa: RUF009 - two pure functions
     best: tuple[float, int] = field(default=(math.inf, 0), init=False)
 
 
@@ -117,7 +113,7 @@ def validate(run: Training) -> Validation:
     total = right = count = 0.0
     size = 8 * run.settings.batch_size
     for batch in run.dataset.validation_batches(size):
-        batch = type(batch)(*(tensor.to(run.world.device) for tensor in batch))  # noqa: PLW2901
+        batch = type(batch)(*(tensor.to(run.world.device) for tensor in batch))
         with autocast(run.settings.precision, run.world.device):
             value = loss(run.dataset.objective, run.model, batch)
             if run.dataset.objective == "labels":
@@ -156,7 +152,12 @@ def save(run: Training, step: int, metrics: Log | None) -> None:
             "observers": [observer.state_dict() for observer in run.observers],
         }
         checkpoint.save(
-            run.folder / "checkpoints", step, run.model, run.optimizer, state, frozenset({run.best[1]})
+            run.folder / "checkpoints",
+            step,
+            run.model,
+            run.optimizer,
+            state,
+            frozenset({run.best[1]}),
         )
     run.world.wait()
 
@@ -178,7 +179,7 @@ def fit(run: Training, saved: checkpoint.Saved | None = None) -> Outcome:
         OSError: a file could not be written; earlier checkpoints are intact.
     """
     if run.settings.batch_size % (run.settings.accumulation * run.world.size):
-        raise ValueError(
+        raise ConfigError(
             f"train.batch_size {run.settings.batch_size} cannot be shared by {run.world.size} "
             f"processes with train.accumulation {run.settings.accumulation}"
         )
@@ -207,7 +208,8 @@ def _fit(run: Training, start: int, metrics: Log | None, asked: Callable[[], boo
         set_rate(run.optimizer, rate)
         measured = train_step(model, run.optimizer, batch, plan, lambda: penalties(run), run.world)
         for observer in run.observers:
-            observer.process_step(measured.loss)
+            for text in observer.process_step(measured.loss).text:
+                run.view.say(f"step {step + 1}: {text}")
         speed = batch.targets.numel() / (time.perf_counter() - began)
         done = step + 1
         if metrics is not None:
@@ -218,18 +220,21 @@ def _fit(run: Training, start: int, metrics: Log | None, asked: Callable[[], boo
         if not math.isfinite(measured.loss):
             raise Diverged(
                 f"the loss is {measured.loss} at step {done}; lower optimizer.learning_rate, turn the "
-                "governor on, or look for bad data; earlier checkpoints are intact"
+                "governor on, or look for bad data; earlier checkpoints are intact",
+                run.folder,
             )
         last = done == settings.steps
         if last or done % settings.validate_every == 0:
             validation = validate(run)
             patience_left = judge(run, done, validation, metrics)
-        run.report(Progress(done, settings.steps, measured.loss, validation and validation.loss, speed))
+        run.view.step(
+            Progress(done, settings.steps, measured.loss, validation and validation.loss, speed)
+        )
         stop = asked()
         if last or stop or not patience_left or done % settings.checkpoint_every == 0:
             save(run, done, metrics)
         if stop and not last:
-            raise Interrupted(done)
+            raise Interrupted(done, run.folder)
         if not patience_left:
             return Outcome(done, validation, run.best, stopped_early=True)
     return Outcome(settings.steps, validation or validate(run), run.best, stopped_early=False)
@@ -237,7 +242,9 @@ def _fit(run: Training, start: int, metrics: Log | None, asked: Callable[[], boo
 
 def penalties(run: Training) -> torch.Tensor | None:
     """The sum of what the observers add to the loss."""
-    terms = [term for term in (observer.penalty() for observer in run.observers) if term is not None]
+    terms = [
+        term for term in (observer.penalty() for observer in run.observers) if term is not None
+    ]
     return torch.stack(terms).sum() if terms else None
 
 

@@ -57,6 +57,11 @@ class CoordinateProjection(nn.Module):
         weight = torch.cat(list(self.materialize().values())).flatten(0, 1)
         return project(x, context, weight, None, self.heads)
 
+    def gradients(self) -> dict[str, Tensor] | None:
+        """Gradients of the base weights by role."""
+        gradient = self.base.weight.grad
+        return None if gradient is None else split_weight(gradient, self.heads)
+
     @torch.no_grad()
     def scale_head_(self, head: int, query: float, key: float) -> None:
         """Lower the gain of one head's queries and of its group's keys."""

@@ -114,6 +114,13 @@ class HypernetworkProjection(nn.Module):
             weights[name] = torch.einsum("hr,rdm->hdm", writer.coefficients(empty), bank)
         return weights
 
+    def gradients(self) -> dict[str, Tensor] | None:
+        """Gradients of each head's own matrix of the bank, by role."""
+        found = {name: getattr(self, name).bank.weight.grad for name in "qkv"}
+        if any(gradient is None for gradient in found.values()):
+            return None
+        return {name: g.unflatten(0, (-1, self.heads.head_dim)) for name, g in found.items()}
+
     @torch.no_grad()
     def scale_head_(self, head: int, query: float, key: float) -> None:
         """Lower the gain of one head's queries and of its group's keys."""

@@ -58,6 +58,11 @@ class LinearProjection(nn.Module):
         """Plain weights by role, views of the fused matrix."""
         return split_weight(self.qkv.weight, self.heads)
 
+    def gradients(self) -> dict[str, Tensor] | None:
+        """Gradients of the weights by role."""
+        gradient = self.qkv.weight.grad
+        return None if gradient is None else split_weight(gradient, self.heads)
+
     @torch.no_grad()
     def scale_head_(self, head: int, query: float, key: float) -> None:
         """Multiply the rows of one head's W_q and of its group's W_k, biases included."""

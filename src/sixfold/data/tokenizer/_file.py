@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 
 from sixfold import discover
-from sixfold.data._kinds import DataError, DataMissing, Tokenizer
+from sixfold.data._kinds import Tokenizer
+from sixfold.errors import DataError, DataMissing
 
 _PACKAGE = "sixfold.data.tokenizer"
 

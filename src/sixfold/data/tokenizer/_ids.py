@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from sixfold.data._kinds import DataError
+from sixfold.errors import DataError
 
 
 def checked(ids: Iterable[int] | Tensor, vocab_size: int) -> list[int]:

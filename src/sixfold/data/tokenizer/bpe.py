@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sixfold.data._kinds import DataError
 from sixfold.data.tokenizer._ids import checked
+from sixfold.errors import DataError
 
 _BYTES = 256
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sixfold.data._kinds import DataError
 from sixfold.data.tokenizer._ids import checked
+from sixfold.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,11 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, d_model: int, attention: Mapping[str, Any], mlp_ratio: float = 4.0, dropout: float = 0.0
+        self,
+        d_model: int,
+        attention: Mapping[str, Any],
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         hidden = round(mlp_ratio * d_model)
@@ -32,7 +37,9 @@ class Block(nn.Module):
         self.attention = MultiHeadAttention(d_model, **attention)
         self.mlp_norm = nn.LayerNorm(d_model, bias=False)
         self.mlp = nn.Sequential(
-            nn.Linear(d_model, hidden, bias=False), nn.GELU(), nn.Linear(hidden, d_model, bias=False)
+            nn.Linear(d_model, hidden, bias=False),
+            nn.GELU(),
+            nn.Linear(hidden, d_model, bias=False),
         )
         self.drop = nn.Dropout(dropout)
 
@@ -64,3 +71,23 @@ def blocks(
         for writer in (block.attention.output, block.mlp[-1]):
             nn.init.normal_(writer.weight, std=(2 * num_layers * writer.in_features) ** -0.5)
     return stack
+
+
+def with_defaults(
+    attention: Mapping[str, Any] | Sequence[Mapping[str, Any]], num_layers: int, **defaults: Any
+) -> list[dict[str, Any]]:
+    """Options per layer, `defaults` where a layer does not say otherwise."""
+    layers = [attention] * num_layers if isinstance(attention, Mapping) else attention
+    return [{**defaults, **options} for options in layers]
+
+
+def given(local: Mapping[str, Any]) -> dict[str, Any]:
+    """A constructor's arguments, from the ``locals()`` of its first line: what `save` writes.
+
+    >>> def __init__(self, width, depth=2):
+    ...     return given(locals())
+    >>> __init__(None, 8)
+    {'width': 8, 'depth': 2}
+    """
+    own = {name: value for name, value in local.items() if name not in ("self", "__class__")}
+    return copy.deepcopy(own)

@@ -1,0 +1,5 @@
+"""``python -m sixfold``, e.g. under ``torchrun``."""
+
+from sixfold.cli import main
+
+main()

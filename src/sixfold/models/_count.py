@@ -1,0 +1,53 @@
+"""Counting: parameters, and the FLOPs of a forward pass."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from sixfold.attention.mixer._graph import DENSE_UP_TO, GraphMixer
+from sixfold.attention.multihead import MultiHeadAttention
+from sixfold.models._block import Block
+
+
+def parameters(model: nn.Module) -> int:
+    """Numbers that can be trained; weights used twice count once.
+
+    >>> parameters(nn.Linear(3, 2))
+    8
+    """
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def flops(model: nn.Module, tokens: int) -> int:
+    """FLOPs of a forward pass over one sequence, a multiplication and an addition being two.
+
+    Per block 2 n (d_model d (2h + 2h_kv) + mixer + 2 d_model hidden) + 4 n^2 h d, and what the
+    model does outside its blocks (`outer_flops`): n tokens, h heads of width d. A graph mixer is
+    (h d)^2 as one product, h d (2d + h) as two. Left out: norms, softmax, activations, rotary
+    turns, and what a projection or mixer does to make its weights, such as the hypernetwork's
+    mixing of its bank. A mask saves nothing: n^2 counts every pair.
+
+    Args:
+        model: any model of this package.
+        tokens: n; image or field patches are tokens.
+    """
+    layers = [module for module in model.modules() if isinstance(module, Block)]
+    return sum(block_flops(block, tokens) for block in layers) + model.outer_flops(tokens)
+
+
+def block_flops(block: Block, tokens: int) -> int:
+    """FLOPs of one block over one sequence."""
+    hidden = sum(part.weight.numel() for part in block.mlp if isinstance(part, nn.Linear))
+    return attention_flops(block.attention, tokens) + 2 * tokens * hidden
+
+
+def attention_flops(layer: MultiHeadAttention, tokens: int) -> int:
+    """FLOPs of one attention layer over one sequence."""
+    heads = layer.heads
+    width = heads.num_heads * heads.head_dim
+    projected = width + 2 * heads.num_kv_heads * heads.head_dim
+    per_token = heads.d_model * (projected + width)
+    if isinstance(layer.mixer, GraphMixer):
+        thin = width * (2 * heads.head_dim + heads.num_heads)
+        per_token += width**2 if width <= DENSE_UP_TO else thin
+    return 2 * tokens * per_token + 4 * tokens**2 * width

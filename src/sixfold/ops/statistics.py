@@ -1,0 +1,66 @@
+"""Statistics of attention per head, from the features of a few queries."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sixfold.contracts import Features, Observation, Visibility
+from sixfold.ops.attend.reference import logits
+
+QUERIES = 64
+
+
+def sampled(observation: Observation, queries: int = QUERIES) -> Observation:
+    """The first sequence of the batch at up to `queries` evenly spaced queries, the last included."""
+    query, key, scale = observation.features
+    n, m, device = query.shape[-2], key.shape[-2], query.device
+    rows = torch.linspace(n - 1, 0, min(queries, n), device=device).round().long()
+    mask, is_causal = observation.visibility
+    if mask is not None:
+        mask = mask if mask.ndim < 4 else mask[:1]
+        mask = mask if mask.shape[-2] == 1 else mask[..., rows, :]
+    if is_causal:
+        earlier = torch.arange(m, device=device) <= rows[:, None] + (m - n)
+        if mask is None:
+            mask = earlier
+        elif mask.dtype == torch.bool:
+            mask = mask & earlier
+        else:
+            mask = mask.masked_fill(~earlier, float("-inf"))
+    features = Features(query[:1, :, rows], key[:1], scale)
+    return Observation(features, Visibility(mask, is_causal=False))
+
+
+def head_statistics(observation: Observation) -> tuple[Tensor, Tensor]:
+    """Largest logit and normalised entropy of every head, each (h,), in float32.
+
+    entropy = mean over queries of -sum_j p_j log p_j / log(visible keys), over the queries that see
+    at least two keys; 0 is one key, 1 is all alike. Differentiable. The queries are those of
+    `sampled`; pass one of its results to measure them.
+    """
+    query, key, scale = observation.features
+    scores = logits(Features(query.float(), key.float(), scale), observation.visibility)
+    seen = ~scores.isneginf()
+    count = seen.sum(-1)
+    largest = scores.amax(dim=(0, 2, 3))
+    log_p = scores.masked_fill(count[..., None] == 0, 0.0).log_softmax(-1)
+    entropy = -(log_p.exp() * log_p.masked_fill(~seen, 0.0)).sum(-1)
+    several = count > 1
+    share = torch.where(several, entropy / count.clamp(min=2).log(), 0.0)
+    return largest, share.sum(dim=(0, 2)) / several.sum(dim=(0, 2)).clamp(min=1)
+
+
+def spectra(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """sigma_max and condition number sigma_max / sigma_min of each matrix (h, d, d_model).
+
+    From the eigenvalues of the Gram matrix W W^T in float64, which squares the condition number:
+    beyond 1e7 the figure only says "singular".
+    """
+    wide = weights.detach().double()
+    squared = torch.linalg.eigvalsh(wide @ wide.transpose(-1, -2)).clamp(min=0)
+    largest, least = squared[..., -1].sqrt(), squared[..., 0].sqrt()
+    floor = largest * math.sqrt(torch.finfo(torch.float64).eps)
+    return largest, largest / torch.maximum(least, floor.clamp(min=torch.finfo(torch.float64).tiny))

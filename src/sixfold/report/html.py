@@ -1,0 +1,383 @@
+"""The report of a run: one HTML file that needs nothing else, and fetches nothing."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from sixfold.contracts import Snapshot
+from sixfold.report import series
+from sixfold.report.compare import finals, side_by_side
+from sixfold.report.headline import headline, metric, outcomes, promise, verdict, where
+from sixfold.report.hexmap import MapStyle, Moment, colour_scale, hex_maps, hex_row, viridis
+from sixfold.report.read import Row, Run, read_run
+from sixfold.report.scale import duration, finite, number
+from sixfold.report.svg import DARK, LIGHT, Axes, Line, line_chart, style
+
+TITLES = {
+    "max_logit": "Largest attention logit",
+    "entropy": "Attention entropy",
+    "condition_q": "Condition number, queries",
+    "condition_k": "Condition number, keys",
+    "condition_v": "Condition number, values",
+    "sigma_max_q": "Spectral norm, queries",
+    "sigma_max_k": "Spectral norm, keys",
+    "sigma_max_v": "Spectral norm, values",
+    "gradient_norm": "Gradient norm, largest head of each layer",
+}
+WIDE, NARROW = 1080, 400
+COLUMN = {"pair": 528, "threes": 346, "fours": 256}
+MAX_ENTRIES, MAX_SAMPLE, MAX_POINTS = 400, 20_000, 16_000
+
+
+class Tile(NamedTuple):
+    """One headline number."""
+
+    label: str
+    value: str
+    detail: str
+    bad: bool = False
+
+
+class Gallery(NamedTuple):
+    """Drawings in columns; `look` says how many columns a wide window has."""
+
+    look: str
+    drawings: list[str]
+
+
+class Entry(NamedTuple):
+    """One row of the journal table, as text."""
+
+    step: str
+    kind: str
+    level: str
+    place: str
+    text: str
+    outcome: str
+    tone: str
+
+
+def write_report(run_folder: str | Path, compare: Sequence[str | Path] = ()) -> Path:
+    """Write report.html into the run folder, with other runs beside it if given.
+
+    Raises ModuleNotFoundError, naming the extra, without jinja2; see `read_run` for the rest.
+    """
+    jinja2 = _jinja2()
+    run = read_run(run_folder)
+    others = [read_run(folder) for folder in compare]
+    page = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    ).from_string(_packaged("page.html"))
+    path = run.folder / "report.html"
+    path.write_text(page.render(_context(run, others)), encoding="utf-8")
+    return path
+
+
+def _jinja2() -> ModuleType:
+    try:
+        return importlib.import_module("jinja2")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("the report needs jinja2: pip install 'sixfold[cli]'") from error
+
+
+def _packaged(name: str) -> str:
+    return files("sixfold.report").joinpath(name).read_text("utf-8")
+
+
+def _context(run: Run, others: Sequence[Run]) -> dict[str, Any]:
+    """Everything the page shows. Keys that end in ``svg`` are drawings, all else is escaped."""
+    entries, hidden = _journal(run)
+    player = _player(run)
+    return {
+        "run": run,
+        "provenance": _provenance(run),
+        "tiles": _tiles(run),
+        "css": _packaged("page.css") + _theme(),
+        "js": _packaged("page.js"),
+        "loss_svg": _both(lambda width: _loss(run, width)),
+        "rate_svg": _both(lambda width: _rate(run, width)),
+        "side_svg": _both(lambda width: _side(run, others, width)) if others else None,
+        "finals": finals(_labelled(run, others)) if others else [],
+        "maps_svg": _maps(run),
+        "player_svg": Gallery("pair", player[0]),
+        "frames": player[1],
+        "logit_svg": _panels(run, "max_logit"),
+        "entropy_svg": _panels(run, "entropy"),
+        "condition_svg": _layers(run, "condition_q", "condition_k", "condition_v"),
+        "sigma_svg": _layers(run, "sigma_max_q", "sigma_max_k", "sigma_max_v"),
+        "gradient_svg": _gradients(run),
+        "timing_svg": _timing(run),
+        "entries": entries,
+        "hidden": number(hidden) if hidden else "",
+        "sample": run.sample[:MAX_SAMPLE] if run.sample is not None else None,
+        "config": _flat(run.config),
+        "environment": _flat(run.environment),
+    }
+
+
+def _theme() -> str:
+    return f"{style(LIGHT)}@media (prefers-color-scheme:dark){{{style(DARK)}}}"
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def _provenance(run: Run) -> str:
+    header = run.metrics.header
+    known = [f"{key.replace('_', ' ')} {header[key]}" for key in ("seed", "commit", "config_hash")
+             if key in header]  # fmt: skip
+    return " · ".join([*known, *([str(header["device"])] if "device" in header else [])])
+
+
+def _tiles(run: Run) -> list[Tile]:
+    facts = headline(run)
+    unit = run.unit("loss")
+    tiles = [_loss_tile(run)]
+    if facts.final_train is not None:
+        step, loss = facts.final_train
+        detail = f"{unit}, step {number(int(step))}".strip(", ")
+        tiles.append(Tile("training loss", number(loss), detail, not math.isfinite(loss)))
+    levels = ", ".join(f"{number(count)} {level}" for level, count in facts.alarms.items())
+    tiles.append(Tile("alarms", number(sum(facts.alarms.values())), levels))
+    undone = f", {number(facts.undone)} undone" if facts.undone else ""
+    kept = f"{number(facts.held)} of {number(facts.judged)} judged expectations held{undone}"
+    tiles.append(Tile("changes", number(facts.changes), kept if facts.changes else ""))
+    if facts.broken_at is not None:
+        tiles.append(
+            Tile("loss broke", f"step {number(facts.broken_at)}", "not a number", bad=True)
+        )
+    tiles.append(Tile("steps", number(facts.last_step), ""))
+    if facts.wall_s is not None:
+        tiles.append(Tile("wall time", duration(facts.wall_s), ""))
+    if facts.parameters is not None:
+        tiles.append(Tile("parameters", number(facts.parameters), ""))
+    return tiles
+
+
+def _loss_tile(run: Run) -> Tile:
+    facts = headline(run)
+    if facts.final_validation is None:
+        return Tile("final validation loss", "not measured", "")
+    (step, loss), best = facts.final_validation, facts.best_validation
+    detail = f"{run.unit('loss')}, step {number(int(step))}".strip(", ")
+    if best is not None and best[0] != step:
+        detail += f"; best {number(best[1])} at step {number(int(best[0]))}"
+    return Tile("final validation loss", number(loss), detail, not math.isfinite(loss))
+
+
+def _flat(tree: Row, prefix: str = "") -> list[tuple[str, str]]:
+    """A nested mapping as dotted names and values.
+
+    >>> _flat({"model": {"num_heads": 7}, "seed": 0})
+    [('model.num_heads', '7'), ('seed', '0')]
+    """
+    rows: list[tuple[str, str]] = []
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            rows += _flat(value, f"{prefix}{key}.")
+        else:
+            shown = value if isinstance(value, str) else json.dumps(value)
+            rows.append((f"{prefix}{key}", shown))
+    return rows
+
+
+def _journal(run: Run) -> tuple[list[Entry], int]:
+    """The table, and how many entries it leaves out: the mildest alarms go first."""
+    rank = {"notice": 2, "warning": 1}
+    order = sorted(
+        range(len(run.journal)),
+        key=lambda i: (
+            rank.get(str(run.journal[i].get("level")), 0)
+            if run.journal[i]["kind"] == "alarm"
+            else -1
+        ),
+    )
+    judged = outcomes(run)
+    shown = sorted(order[:MAX_ENTRIES])
+    return [_entry(run.journal[i], judged) for i in shown], len(order) - len(shown)
+
+
+def _entry(row: Row, judged: Mapping[Any, Row]) -> Entry:
+    kind = str(row["kind"])
+    outcome, tone = "", ""
+    if kind == "change":
+        evidence = judged.get(row.get("id"))
+        outcome = "; ".join(part for part in (promise(row), verdict(evidence)) if part)
+        tone = "" if evidence is None else ("good" if evidence.get("held") else "bad")
+    elif kind == "evidence":
+        outcome, tone = verdict(row), "good" if row.get("held") else "bad"
+    elif kind == "alarm" and isinstance(row.get("value"), int | float):
+        limit = row.get("limit")
+        past = f", limit {number(limit)}" if isinstance(limit, int | float) else ""
+        outcome = f"{number(row['value'])}{past}"
+    name = row.get("name") or row.get("signal") or ""
+    numbered = f"{kind} {row['id']}" if row.get("id") is not None else kind
+    text = str(row.get("text") or "")
+    head = f"{name}: " if name and name not in text else ""
+    cost = f" (cost: {row['cost']})" if row.get("cost") else ""
+    return Entry(number(row["step"]), numbered, str(row.get("level") or kind), where(row),
+                 head + text + cost, outcome, tone)  # fmt: skip
+
+
+# ---------------------------------------------------------------- drawings
+
+
+def _both(draw: Callable[[int], str]) -> str:
+    """A wide drawing and a narrow one; the window's width decides which is seen."""
+    return f'<div class="wide">{draw(WIDE)}</div><div class="narrow">{draw(NARROW)}</div>'
+
+
+def _loss(run: Run, width: int) -> str:
+    lines = series.loss_lines(run)
+    losses = sorted(metric(run, "loss", "train") + metric(run, "loss", "validation"))
+    marks = series.journal_marks(run) + series.broken_marks(losses, "critical", "loss")
+    return line_chart(lines, marks, Axes("Loss", run.unit("loss"), width, 330, steps=_span(run)))
+
+
+def _rate(run: Run, width: int) -> str:
+    line = Line("learning rate", metric(run, "learning_rate", "train"), "s2")
+    axes = Axes("Learning rate", run.unit("learning_rate"), width, 130, steps=_span(run))
+    return line_chart([line], series.journal_marks(run), axes)
+
+
+def _span(run: Run) -> tuple[float, ...]:
+    steps = [row["step"] for row in run.metrics.rows]
+    return (min(steps), max(steps)) if steps else ()
+
+
+def _labelled(run: Run, others: Sequence[Run]) -> list[tuple[str, Run]]:
+    """Runs by name; a name that occurs twice is followed by its folder's."""
+    runs = [run, *others]
+    names = [each.name for each in runs]
+    return [
+        (name if names.count(name) == 1 else f"{name} ({each.folder.resolve().name})", each)
+        for name, each in zip(names, runs, strict=True)
+    ]
+
+
+def _side(run: Run, others: Sequence[Run], width: int) -> str:
+    axes = Axes("Training loss", run.unit("loss"), width, 330)
+    return side_by_side(_labelled(run, others), axes)
+
+
+def _panels(run: Run, signal: str) -> Gallery:
+    """One small chart per layer on shared axes, a line per head."""
+    rows = series.measured(run, signal)
+    depth = max((len(row.signals[signal]) for row in rows), default=0)
+    layers = [series.head_lines(run, signal, layer) for layer in range(depth)]
+    values = [y for lines in layers for line in lines for y in finite(line.points)]
+    limits = {e["limit"] for e in series.alarms(run, signal) if e.get("limit") is not None}
+    per_line = min(600, max(60, MAX_POINTS // max(sum(map(len, layers)), 1)))
+    look = "pair" if depth < 3 else ("fours" if depth % 4 == 0 else "threes")
+    cover = (0.0, 1.0) if signal == "entropy" else (min(values, default=0), max(values, default=1))
+    axes = Axes("", run.unit(signal), COLUMN[look], 190, values=cover,
+                limits=tuple(sorted(limits)[:2]), points=per_line, rest="other heads")  # fmt: skip
+    charts = [
+        line_chart(lines, series.journal_marks(run, signal, layer),
+                   replace(axes, title=f"Layer {layer}"))
+        for layer, lines in enumerate(layers)
+    ]  # fmt: skip
+    return Gallery(look, charts)
+
+
+def _layers(run: Run, *signals: str) -> Gallery:
+    """One chart per signal, a line per layer: its largest head."""
+    axes = Axes("", "", COLUMN["threes"], 220, points=400, rest="other layers")
+    charts = [
+        line_chart(series.layer_lines(run, signal), series.journal_marks(run, signal),
+                   replace(axes, title=TITLES[signal], unit=run.unit(signal)))
+        for signal in signals
+        if series.measured(run, signal)
+    ]  # fmt: skip
+    return Gallery("threes", charts)
+
+
+def _gradients(run: Run) -> Gallery:
+    whole = metric(run, "gradient_norm", "train")
+    axes = Axes("Gradient norm, whole model", run.unit("gradient_norm"))
+    charts = [line_chart([Line("gradient norm", whole, "s0")], [], axes)] if whole else []
+    if series.measured(run, "gradient_norm"):
+        axes = Axes(TITLES["gradient_norm"], run.unit("gradient_norm"))
+        charts.append(line_chart(series.layer_lines(run, "gradient_norm"), [], axes))
+    return Gallery("pair", charts)
+
+
+def _timing(run: Run) -> Gallery:
+    def times(row: Snapshot) -> dict[str, float]:
+        return dict(row.times_us)
+
+    names = dict.fromkeys(name for row in run.telemetry for name in row.times_us)
+    lines = [
+        Line(name, series.scalar_points(run, times, name), f"s{i % 8}")
+        for i, name in enumerate(names)
+    ]
+    charts = [line_chart(lines, [], Axes("Time per step and part", "us"))] if lines else []
+    speed = metric(run, "tokens_per_s", "train")
+    if speed:
+        axes = Axes("Throughput", run.unit("tokens_per_s"), values=(0.0,), scale="linear")
+        charts.append(line_chart([Line("throughput", speed, "s2")], [], axes))
+    return Gallery("pair", charts)
+
+
+# ---------------------------------------------------------------- maps
+
+
+def _map_style(run: Run, signal: str) -> MapStyle:
+    values = [v for r in series.measured(run, signal) for heads in r.signals[signal] for v in heads]
+    fixed = (0.0, 1.0) if signal == "entropy" else None
+    return MapStyle(
+        TITLES[signal], run.unit(signal), colour_scale(values, fixed), series.radius_of(run)
+    )
+
+
+def _maps(run: Run) -> Gallery:
+    names = [name for name in series.MAPPED if series.measured(run, name)]
+    maps = [hex_maps(series.moments(run, name, 6), _map_style(run, name)) for name in names]
+    return Gallery("pair", maps)
+
+
+def _player(run: Run) -> tuple[list[str], dict[str, Any] | None]:
+    """The last moment of every mapped signal, and what a slider needs to show the others."""
+    cells = sum(map(len, next((s for r in run.telemetry for s in r.signals.values()), ())))
+    rows = series.frames(run, min(60, max(12, 18_000 // max(cells, 1))))
+    if len(rows) < 2:
+        return [], None
+    before = [-math.inf, *(row.step for row in rows)]
+    drawings, signals = [], []
+    for name in series.MAPPED:
+        if not series.measured(run, name):
+            continue
+        shape = series.measured(run, name)[-1].signals[name]
+        look = _map_style(run, name)
+        last = rows[-1].signals.get(name) or [[math.nan] * len(heads) for heads in shape]
+        drawings.append(hex_row(Moment(rows[-1].step, last), look))
+        signals.append({
+            "unit": look.unit, "low": look.scale.low, "high": look.scale.high,
+            "log": look.scale.log, "values": [_flat_values(row, name, shape) for row in rows],
+        })  # fmt: skip
+    return drawings, {
+        "steps": [row.step for row in rows],
+        "texts": [series.frame_text(run, a, r.step) for a, r in zip(before, rows, strict=False)],
+        "colours": [viridis(i / 63) for i in range(64)],
+        "signals": signals,
+    }
+
+
+def _flat_values(row: Snapshot, name: str, shape: Sequence[Sequence[float]]) -> list[float | None]:
+    """Layer by layer, four digits, None where not measured; always of the same length."""
+    layers = row.signals.get(name, ())
+    return [
+        float(f"{layers[i][j]:.4g}")
+        if i < len(layers) and j < len(layers[i]) and math.isfinite(layers[i][j])
+        else None
+        for i, heads in enumerate(shape)
+        for j in range(len(heads))
+    ]

@@ -1,0 +1,196 @@
+"""Axes without a plotting library: scales, ticks, numbers as text, and lines thinned honestly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from itertools import groupby, pairwise
+from typing import NamedTuple
+
+Point = tuple[float, float]
+GAP = float("nan")
+
+
+class Scale(NamedTuple):
+    """A map from [low, high] to [start, end], linear or logarithmic."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def fraction(self, value: float) -> float:
+        """Where a value lies: 0 at low, 1 at high, never outside.
+
+        >>> Scale(1, 100, 0, 1, log=True).fraction(10)
+        0.5
+        """
+        low, high = self.low, self.high
+        if self.log:
+            value, low, high = math.log(max(value, low)), math.log(low), math.log(high)
+        return min(max((value - low) / (high - low), 0.0), 1.0)
+
+    def __call__(self, value: float) -> float:
+        """The place of a value on the page."""
+        return self.start + (self.end - self.start) * self.fraction(value)
+
+    def ticks(self, count: int) -> tuple[float, ...]:
+        """About `count` round numbers within the scale."""
+        return (
+            log_ticks(self.low, self.high, count) if self.log else ticks(self.low, self.high, count)
+        )
+
+
+def ticks(low: float, high: float, count: int) -> tuple[float, ...]:
+    """Multiples of 1, 2 or 5 times a power of ten, about `count` of them.
+
+    >>> ticks(0, 1000, 5)
+    (0.0, 200.0, 400.0, 600.0, 800.0, 1000.0)
+    """
+    if not high > low:
+        return (low,)
+    raw = (high - low) / max(count, 1)
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = power * next(m for m in (1, 2, 5, 10) if raw / power <= m * 1.0001)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return tuple(float(f"{n * step:.12g}") for n in range(first, last + 1))
+
+
+def log_ticks(low: float, high: float, count: int) -> tuple[float, ...]:
+    """Powers of ten, every so many decades; 1, 2, 5 within each where there are few.
+
+    >>> log_ticks(1, 1000, 4), log_ticks(1, 20, 4)
+    ((1.0, 10.0, 100.0, 1000.0), (1.0, 2.0, 5.0, 10.0, 20.0))
+    """
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    stride = max(1, math.ceil((last - first) / max(count, 1)))
+    digits = (1, 2, 5) if last - first <= 2 else (1,)
+    found = (m * 10.0**power for power in range(first, last + 1, stride) for m in digits)
+    inside = tuple(t for t in found if low * 0.9999 <= t <= high * 1.0001)
+    return inside if len(inside) >= 2 else ticks(low, high, count)
+
+
+def tick_labels(values: Sequence[float], *, log: bool) -> list[str]:
+    """Labels with as many decimals as the steps between ticks need, thousands separated.
+
+    >>> tick_labels((0.0, 0.5, 1.0), log=False), tick_labels((1.0, 1000.0), log=True)
+    (['0.0', '0.5', '1.0'], ['1', '1,000'])
+    """
+    if log or len(values) < 2 or max(map(abs, values)) >= 1e7:
+        return [number(value) for value in values]
+    step = min(b - a for a, b in pairwise(values))
+    if step < 1e-5:
+        return [number(value) for value in values]
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    return [f"{value:,.{decimals}f}" for value in values]
+
+
+def number(value: float) -> str:
+    """A number as text: four significant digits, thousands separated, exact where whole.
+
+    >>> number(12345), number(0.123456), number(1.5e-7), number(float("nan"))
+    ('12,345', '0.1235', '1.5e-7', 'NaN')
+    """
+    if math.isnan(value):
+        return "NaN"
+    if math.isinf(value):
+        return "∞" if value > 0 else "-∞"
+    if isinstance(value, int):
+        return f"{value:,}"
+    size = abs(value)
+    if size != 0 and (size >= 1e7 or size < 1e-4):
+        mantissa, _, exponent = f"{value:.3e}".partition("e")
+        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+    return f"{value:,.0f}" if size >= 1000 else f"{value:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """A time for people.
+
+    >>> duration(7.25), duration(75), duration(3 * 3600 + 120)
+    ('7.2 s', '1 min 15 s', '3 h 2 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60:,} h {minutes % 60} min"
+
+
+def finite(points: Iterable[Point]) -> list[float]:
+    """The values that can be drawn."""
+    return [y for _, y in points if math.isfinite(y)]
+
+
+def needs_log(values: Sequence[float], span: float = 40) -> bool:
+    """Whether positive values span so much that a linear axis would hide the small."""
+    return bool(values) and min(values) > 0 and max(values) / min(values) > span
+
+
+def with_gaps(points: Sequence[Point]) -> list[Point]:
+    """Put a NaN wherever the line must not be drawn: nothing was measured in between.
+
+    A signal has its own rhythm: a gap is a distance of more than 1.5 times the distance that three
+    quarters of its measurements keep.
+
+    >>> with_gaps([(0, 1.0), (1, 1.0), (2, 1.0), (3, 1.0), (9, 1.0)])[-2:]
+    [(6.0, nan), (9, 1.0)]
+    """
+    distances = sorted(b[0] - a[0] for a, b in pairwise(points))
+    if not distances:
+        return list(points)
+    limit = 1.5 * distances[(3 * (len(distances) - 1)) // 4]
+    out = [points[0]]
+    for before, after in pairwise(points):
+        if after[0] - before[0] > limit:
+            out.append(((before[0] + after[0]) / 2, GAP))
+        out.append(after)
+    return out
+
+
+def decimate(points: Sequence[Point], limit: int = 600) -> list[Point]:
+    """At most about `limit` points, with the lowest and highest of every stretch and every gap.
+
+    >>> spike = [(i, 100.0 if i == 777 else 0.0) for i in range(10_000)]
+    >>> thin = decimate(spike, 60)
+    >>> len(thin) <= 60, (777, 100.0) in thin
+    (True, True)
+    """
+    if len(points) <= limit:
+        return list(points)
+    first, last = points[0][0], points[-1][0]
+    buckets = max(limit // 2 - 1, 1)
+    width = (last - first) / buckets or 1.0
+    out: list[Point] = []
+    for _, group in groupby(points, key=lambda p: int((p[0] - first) / width)):
+        stretch = list(group)
+        drawn = [p for p in stretch if math.isfinite(p[1])]
+        if drawn:
+            low, high = min(drawn, key=lambda p: p[1]), max(drawn, key=lambda p: p[1])
+            out.extend(sorted({low, high}))
+        if len(drawn) < len(stretch) and (not out or math.isfinite(out[-1][1])):
+            out.append((stretch[-1][0], GAP))
+    return out
+
+
+def smooth(points: Sequence[Point], window: int, count: int = 400) -> list[Point]:
+    """Means of the finite values of a centred window, at about `count` places.
+
+    A stretch that holds a value that is not finite stays a gap.
+
+    >>> smooth([(0, 1.0), (1, 4.0), (2, 1.0)], 3)[1]
+    (1, 2.0)
+    """
+    half, stride = window // 2, max(1, len(points) // count)
+    out: list[Point] = []
+    for i in range(0, len(points), stride):
+        x = points[i][0]
+        if len(finite(points[i : i + stride])) < len(points[i : i + stride]):
+            out.append((x, GAP))
+            continue
+        reach = min(half, i, len(points) - 1 - i)
+        near = finite(points[i - reach : i + reach + 1])
+        out.append((x, math.fsum(near) / len(near)))
+    return out

@@ -1,0 +1,215 @@
+"""Lines, marks and moments of a run, ready to be drawn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from sixfold.contracts import PerHead, Snapshot
+from sixfold.report.headline import metric, outcomes, promise, verdict, where
+from sixfold.report.hexmap import Moment, head_name
+from sixfold.report.read import Row, Run
+from sixfold.report.scale import Point, number, smooth
+from sixfold.report.svg import LOOKS, Line, Mark
+
+MAPPED = ("max_logit", "entropy")
+"""Signals that are drawn as maps of heads."""
+
+
+def loss_lines(run: Run) -> list[Line]:
+    """Every training loss, faint; its running mean; the validation losses as points."""
+    train, validation = metric(run, "loss", "train"), metric(run, "loss", "validation")
+    window = max(1, len(train) // 50) | 1
+    lines = [Line("training, every row", train, "s0", "pale")] if window > 1 else []
+    label = f"training, mean of {window} rows" if window > 1 else "training"
+    lines.append(Line(label, smooth(train, window), "s0"))
+    if validation:
+        lines.append(Line("validation", validation, "s1", "dots"))
+    return lines
+
+
+def alarms(run: Run, signal: str = "") -> list[Row]:
+    """Alarms of a run, of one signal if named."""
+    rows = [entry for entry in run.journal if entry["kind"] == "alarm"]
+    return [entry for entry in rows if not signal or entry.get("signal") == signal]
+
+
+def journal_marks(run: Run, signal: str = "", layer: int | None = None) -> list[Mark]:
+    """Alarms and changes as marks, of one signal and layer if named."""
+    judged = outcomes(run)
+    marks = []
+    for entry in run.journal:
+        change = entry["kind"] == "change"
+        if (signal and about(entry) != signal) or (
+            layer is not None and entry.get("layer") != layer
+        ):
+            continue
+        if entry["kind"] == "alarm":
+            level = entry.get("level")
+            kind = level if level in ("warning", "critical") else "notice"
+            marks.append(Mark(entry["step"], kind, describe(entry)))
+        elif change:
+            evidence = judged.get(entry.get("id"))
+            text = f"{describe(entry)}\nexpects: {promise(entry)}\n{verdict(evidence)}"
+            held = evidence is not None and bool(evidence.get("held"))
+            marks.append(Mark(entry["step"], "held" if held else "change", text, "change"))
+    return marks
+
+
+def about(entry: Row) -> str:
+    """The signal a journal entry speaks of: its own, or the one a change expects to move."""
+    expects = entry.get("expects")
+    own = expects.get("signal") if isinstance(expects, Mapping) else entry.get("signal")
+    return str(own or "")
+
+
+def describe(entry: Row) -> str:
+    """A journal entry on one line."""
+    what = entry.get("name") or entry.get("signal") or ""
+    head = " ".join(part for part in (str(what), where(entry)) if part)
+    text = f": {entry['text']}" if entry.get("text") else ""
+    return f"step {entry['step']:,} {entry['kind']} {head}".strip() + text
+
+
+def broken_marks(points: Sequence[Point], look: str, label: str) -> list[Mark]:
+    """A cross where a loss first stops being a number."""
+    first = next((int(x) for x, y in points if not math.isfinite(y)), None)
+    if first is None:
+        return []
+    note = f"{label} is NaN from step {first:,}".strip()
+    return [Mark(first, "broken", note, look, note)]
+
+
+# ---------------------------------------------------------------- telemetry
+
+
+def measured(run: Run, signal: str) -> list[Snapshot]:
+    """The snapshots in which a signal was measured, in order, the later of equal steps."""
+    rows = {row.step: row for row in run.telemetry if signal in row.signals}
+    return [rows[step] for step in sorted(rows)]
+
+
+def scalar_points(
+    run: Run, group: Callable[[Snapshot], dict[str, float]], name: str
+) -> list[Point]:
+    """One scalar or time of the telemetry by step."""
+    return sorted({r.step: group(r)[name] for r in run.telemetry if name in group(r)}.items())
+
+
+def radius_of(run: Run) -> int | None:
+    """Radius of the run's grid, None where its heads lie in a row."""
+    radius = run.telemetry_header.get("grid_radius")
+    return int(radius) if radius is not None else None
+
+
+def head_lines(run: Run, signal: str, layer: int) -> list[Line]:
+    """A line per head of one layer. Heads with an entry in the journal have a colour."""
+    rows = measured(run, signal)
+    count = max((len(r.signals[signal][layer]) for r in rows if layer < len(r.signals[signal])),
+                default=0)  # fmt: skip
+    named = _spoken_of(run, signal, layer)[: len(LOOKS)]
+    lines = []
+    for head in range(count):
+        points = [(row.step, _value(row.signals[signal], layer, head)) for row in rows]
+        known = [(step, value) for step, value in points if value is not None]
+        look = LOOKS[named.index(head)] if head in named else "faint"
+        name = f"head {head}" if head in named else head_name(layer, head, radius_of(run), count)
+        lines.append(Line(name, known, look, "line" if head in named else "thin"))
+    return sorted(lines, key=lambda line: line.look != "faint")
+
+
+def layer_lines(run: Run, signal: str) -> list[Line]:
+    """The worst (largest) head of every layer; beyond eight layers only the highest are named."""
+    rows = measured(run, signal)
+    depth = max((len(row.signals[signal]) for row in rows), default=0)
+    peaks = [_worst(rows, signal, layer) for layer in range(depth)]
+    height = [max((y for _, y in points if math.isfinite(y)), default=0.0) for points in peaks]
+    order = sorted(range(depth), key=lambda layer: -height[layer])
+    named = sorted(order[:4] if depth > len(LOOKS) else order)
+    lines = [
+        Line(f"layer {layer}", peaks[layer],
+             LOOKS[named.index(layer)] if layer in named else "faint",
+             "line" if layer in named else "thin")
+        for layer in range(depth)
+    ]  # fmt: skip
+    return sorted(lines, key=lambda line: line.look != "faint")
+
+
+def moments(run: Run, signal: str, count: int) -> list[Moment]:
+    """About evenly spaced moments with the first, the last and the highest value among them.
+
+    The mapped signals share their moments where enough snapshots hold them all. Heads with an
+    alarm of this signal, or with a change, since the moment before are pointed out.
+    """
+    rows = measured(run, signal)
+    shared = [row for row in rows if all(name in row.signals for name in MAPPED)]
+    out, before = [], -math.inf
+    for row in _spread(shared if len(shared) >= count else rows, count):
+        alarmed = _heads_between(alarms(run, signal), before, row.step)
+        changed = _heads_between(_changes(run), before, row.step)
+        out.append(Moment(row.step, row.signals[signal], alarmed, changed))
+        before = row.step
+    return out
+
+
+def _spread(rows: Sequence[Snapshot], count: int) -> list[Snapshot]:
+    if not rows:
+        return []
+    last = len(rows) - 1
+    chosen = sorted({round(i * last / max(count - 1, 1)) for i in range(count)})
+    signal = next((name for name in MAPPED if name in rows[0].signals), "")
+    peak = max(range(len(rows)), key=lambda i: _highest(rows[i].signals.get(signal, ())))
+    if peak not in chosen and len(chosen) > 2:
+        nearest = min(range(1, len(chosen) - 1), key=lambda i: abs(chosen[i] - peak))
+        chosen[nearest] = peak
+    return [rows[i] for i in sorted(chosen)]
+
+
+def frames(run: Run, count: int) -> list[Snapshot]:
+    """Snapshots for a slider: those in which any mapped signal was measured."""
+    rows = {row.step: row for name in MAPPED for row in measured(run, name)}
+    return _spread([rows[step] for step in sorted(rows)], count)
+
+
+def frame_text(run: Run, after: float, step: float) -> str:
+    """What the journal says between two moments, three entries at most."""
+    entries = [describe(e) for e in run.journal if after < e["step"] <= step]
+    more = [f"and {number(len(entries) - 3)} more"] if len(entries) > 3 else []
+    return "\n".join(entries[:3] + more)
+
+
+def _changes(run: Run) -> list[Row]:
+    return [entry for entry in run.journal if entry["kind"] == "change"]
+
+
+def _heads_between(rows: Sequence[Row], after: float, step: float) -> frozenset[tuple[int, int]]:
+    return frozenset(
+        (int(row["layer"]), int(row["head"]))
+        for row in rows
+        if after < row["step"] <= step
+        and row.get("layer") is not None
+        and row.get("head") is not None
+    )
+
+
+def _spoken_of(run: Run, signal: str, layer: int) -> list[int]:
+    """Heads of a layer with an alarm or a change about a signal, most spoken of first."""
+    found = alarms(run, signal) + [entry for entry in _changes(run) if about(entry) == signal]
+    heads = [e["head"] for e in found if e.get("layer") == layer and e.get("head") is not None]
+    return sorted(set(heads), key=lambda head: (-heads.count(head), head))
+
+
+def _value(signal: PerHead, layer: int, head: int) -> float | None:
+    return signal[layer][head] if layer < len(signal) and head < len(signal[layer]) else None
+
+
+def _worst(rows: Sequence[Snapshot], signal: str, layer: int) -> list[Point]:
+    found = [(r.step, r.signals[signal][layer]) for r in rows if layer < len(r.signals[signal])]
+    return [
+        (step, max((v for v in heads if math.isfinite(v)), default=math.nan))
+        for step, heads in found
+    ]
+
+
+def _highest(signal: PerHead) -> float:
+    return max((v for heads in signal for v in heads if math.isfinite(v)), default=-math.inf)

@@ -1,0 +1,467 @@
+"""A configured run: build what the configuration names, train it, and leave a folder behind.
+
+A run's folder holds ``config.json``, ``environment.json``, ``metrics.jsonl``, ``telemetry.jsonl``,
+``journal.jsonl``, ``checkpoints/``, ``tokenizer.json`` and ``sample.txt`` where there is text, and
+``report.html``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, distributed, nn
+
+from sixfold import __version__, config, record
+from sixfold.attention.multihead import MultiHeadAttention
+from sixfold.contracts import Dataset
+from sixfold.data._kinds import LabelledExamples, States, TokenStream
+from sixfold.data._root import find
+from sixfold.data.tokenizer._file import load_tokenizer, save_tokenizer
+from sixfold.discover import load, names, unknown
+from sixfold.errors import CheckpointError, ConfigError, DataMissing
+from sixfold.governor.architect import MODES, LeadMetaArchitect
+from sixfold.governor.journal import JOURNAL, TELEMETRY
+from sixfold.governor.limits import ActionLimits, AlarmLimits, Limits, preset
+from sixfold.governor.replay import Replay
+from sixfold.governor.replay import replay as decide_again
+from sixfold.models.language import LanguageModel
+from sixfold.report.html import write_report
+from sixfold.train import checkpoint
+from sixfold.train.distributed import World, world
+from sixfold.train.loop import Outcome, Training, TrainSettings, View, fit
+from sixfold.train.objective import UNITS
+from sixfold.train.optimizer import OptimizerSettings, build_optimizer
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+@dataclass(frozen=True)
+class GovernorSettings:
+    """Whether and how a run is governed; `alarms` and `actions` change single limits."""
+
+    mode: str = "act"
+    limits: str = "default"
+    every: int = 10
+    alarms: dict[str, Any] = field(default_factory=dict)
+    actions: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.mode not in (*MODES, "off"):
+            raise ValueError(unknown("governor.mode", self.mode, (*MODES, "off")))
+        self.resolve()
+
+    def resolve(self) -> Limits:
+        """The preset with the single limits changed."""
+        base = preset(self.limits)
+        alarms = config.plain(base.alarms) | self.alarms
+        actions = config.plain(base.actions) | self.actions
+        return Limits(
+            config.build(AlarmLimits, alarms, "configuration", "governor.alarms."),
+            config.build(ActionLimits, actions, "configuration", "governor.actions."),
+        )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything a run is made from.
+
+    `model`, `attention` and `data` name a variant and its options; they are checked against what
+    the variant takes.
+    """
+
+    name: str = "run"
+    model: dict[str, Any] = field(default_factory=lambda: {"kind": "language"})
+    attention: dict[str, Any] = field(default_factory=lambda: {"num_heads": 4})
+    data: dict[str, Any] = field(default_factory=lambda: {"name": "shakespeare"})
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    governor: GovernorSettings = field(default_factory=GovernorSettings)
+
+
+class Built(NamedTuple):
+    """A model and the data it is made for."""
+
+    model: nn.Module
+    dataset: Any
+
+
+def configure(
+    presets: Sequence[str] = (), file: Path | None = None, overrides: Sequence[str] = ()
+) -> RunConfig:
+    """Presets in order, then a file, then ``section.key=value`` overrides.
+
+    Raises ConfigError for anything that is not understood.
+    """
+    values: dict[str, Any] = {}
+    sources = []
+    for name in presets:
+        known = sorted(path.stem for path in PRESETS.glob("*.toml"))
+        if name not in known:
+            raise ConfigError(unknown("preset", name, known))
+        values = config.merge(values, config.read(PRESETS / f"{name}.toml"))
+        sources.append(f"preset {name}")
+    if file is not None:
+        values = config.merge(values, config.read(file))
+        sources.append(str(file))
+    for assignment in overrides:
+        values = config.override(values, assignment)
+        sources.append(assignment)
+    return config.build(RunConfig, values, ", ".join(sources) or "defaults")
+
+
+def build_dataset(settings: Mapping[str, Any]) -> Any:
+    """The data set that ``[data]`` names."""
+    options = dict(settings)
+    try:
+        loader = load("sixfold.data", options.pop("name", "shakespeare"))
+    except ValueError as error:
+        raise ConfigError(f"data.name: {error}") from error
+    return loader(**config.check_call(loader, options, "configuration", "data"))
+
+
+def sizes_of(dataset: Dataset, kind: str) -> dict[str, int]:
+    """What a model must know of its data.
+
+    Raises ConfigError where the kind of model cannot be trained on the data.
+    """
+    if isinstance(dataset, TokenStream) and kind == "language":
+        return {"vocab_size": dataset.vocab_size, "context": dataset.context}
+    if isinstance(dataset, LabelledExamples):
+        inputs, classes = dataset.train.inputs, dataset.num_classes
+        if kind == "vision" and inputs.ndim == 4:
+            return {
+                "image_size": inputs.shape[-1],
+                "channels": inputs.shape[1],
+                "num_classes": classes,
+            }
+        if kind == "classifier" and dataset.tokenizer is not None:
+            length = inputs.shape[1]
+            return {
+                "vocab_size": dataset.tokenizer.vocab_size,
+                "context": length,
+                "num_classes": classes,
+            }
+    if isinstance(dataset, States) and kind == "simulator":
+        return {
+            "channels": dataset.train.inputs.shape[1],
+            "grid_size": dataset.train.inputs.shape[-1],
+        }
+    raise ConfigError(
+        f"model.kind {kind!r} cannot be trained on {type(dataset).__name__} data; "
+        "language goes with text, vision with images, classifier with labelled text, simulator with states"
+    )
+
+
+def build(settings: RunConfig) -> Built:
+    """Data and a model of fresh weights."""
+    dataset = build_dataset(settings.data)
+    options = dict(settings.model)
+    kind = options.pop("kind", "language")
+    try:
+        make = load("sixfold.models", kind)
+    except ValueError as error:
+        raise ConfigError(f"model.kind: {error}") from error
+    attention = config.check_call(
+        MultiHeadAttention, settings.attention, "configuration", "attention"
+    )
+    sizes = sizes_of(dataset, kind)
+    options = config.check_call(make, options, "configuration", "model")
+    torch.manual_seed(settings.train.seed)
+    try:
+        return Built(make(**sizes, **options, attention=attention), dataset)
+    except ValueError as error:
+        raise ConfigError(f"configuration: {error}") from error
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What the run stands on."""
+    name = record.device_name() if device.type == "cpu" else torch.cuda.get_device_name(device)
+    return {
+        "sixfold": __version__,
+        "commit": record.commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "device": name,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "packages": {
+            name: importlib.metadata.version(name) for name in ("numpy", "safetensors", "torch")
+        },
+    }
+
+
+def new_folder(runs: Path, name: str) -> Path:
+    """A fresh folder below `runs`, named after the time."""
+    stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+    for number in range(1000):
+        folder = runs / (stem if number == 0 else f"{stem}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise OSError(error.errno, f"cannot create {folder}: {error.strerror}") from error
+        return folder
+    raise FileExistsError(f"{runs} holds a thousand runs named {stem}")
+
+
+def train(
+    settings: RunConfig, runs: Path | str = "runs", view: View = View()
+) -> tuple[Path, Outcome]:  # noqa: B008
+    """Start a run and train it to the end.
+
+    Returns:
+        The run's folder and how it ended.
+
+    Raises:
+        Explained: any of its kinds; the message says what to do.
+    """
+    with world(settings.train.device) as here:
+        built = build(settings)
+        folder = shared_folder(here, lambda: new_folder(Path(runs), settings.name))
+        if here.leads:
+            record.write_json(folder / "config.json", config.plain(settings))
+            facts = environment(here.device) | {"parameters": parameters(built.model)}
+            record.write_json(folder / "environment.json", facts)
+            if isinstance(built.dataset, TokenStream):
+                save_tokenizer(built.dataset.tokenizer, folder / "tokenizer.json")
+        return folder, go(settings, built, folder, here, view, None)
+
+
+def resume(folder: Path | str, view: View = View()) -> Outcome:  # noqa: B008
+    """Continue a run from its newest checkpoint, or from its start if it has none."""
+    folder = Path(folder)
+    settings = read_config(folder)
+    with world(settings.train.device) as here:
+        saved = checkpoint.latest(folder / "checkpoints")
+        return go(settings, build(settings), folder, here, view, saved)
+
+
+def go(
+    settings: RunConfig,
+    built: Built,
+    folder: Path,
+    here: World,
+    view: View,
+    saved: checkpoint.Saved | None,
+) -> Outcome:
+    """Train what was built, from `saved` or from the start."""
+    model = built.model.to(here.device)
+    optimizer = build_optimizer(model, settings.optimizer)
+    governor = None
+    if settings.governor.mode != "off":
+        governor = LeadMetaArchitect(
+            model, optimizer, mode=settings.governor.mode, limits=settings.governor.resolve(),
+            every=settings.governor.every, folder=folder if here.leads else None,
+            positions={} if saved is None else saved.state["logs"],
+        )  # fmt: skip
+    training = Training(
+        model, optimizer, built.dataset, settings.train, settings.optimizer, folder,
+        header_of(settings, built.dataset, folder, here),
+        observers=() if governor is None else (governor,),
+        logs=() if governor is None else governor.logs, world=here, view=view,
+    )  # fmt: skip
+    try:
+        return fit(training, saved)
+    finally:
+        if governor is not None:
+            governor.detach()
+
+
+def shared_folder(here: World, make: Callable[[], Path]) -> Path:
+    """One folder for all processes, made by the first."""
+    found: list[Path | None] = [make() if here.leads else None]
+    if here.size > 1:
+        distributed.broadcast_object_list(found, src=0)
+    folder = found[0]
+    assert folder is not None
+    return folder
+
+
+def header_of(settings: RunConfig, dataset: Dataset, folder: Path, here: World) -> dict[str, Any]:
+    """First line of the metrics: where the numbers come from and in which units."""
+    return {
+        "run": folder.name,
+        "seed": settings.train.seed,
+        "device": environment(here.device)["device"],
+        "commit": record.commit(),
+        "config_hash": record.config_hash(config.plain(settings)),
+        "units": {
+            "loss": UNITS[dataset.objective], "accuracy": "1", "learning_rate": "1",
+            "gradient_norm": "1", "tokens_per_s": "targets/s",
+        },
+    }  # fmt: skip
+
+
+def parameters(model: nn.Module) -> int:
+    """Trained numbers of a model."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def read_config(folder: Path) -> RunConfig:
+    """The configuration of a run.
+
+    Raises FileNotFoundError where there is no run.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} holds no run: there is no {path.name} in it")
+    return config.build(RunConfig, config.read(path), str(path))
+
+
+def load_run(folder: Path | str) -> Built:
+    """The trained model of a run, from its newest checkpoint, and its data.
+
+    Raises CheckpointError where there is no checkpoint, or a damaged or foreign one.
+    """
+    folder = Path(folder)
+    built = build(read_config(folder))
+    saved = checkpoint.latest(folder / "checkpoints")
+    if saved is None:
+        raise CheckpointError(f"{folder} has no checkpoint yet")
+    checkpoint.load_model(saved, built.model)
+    return built
+
+
+def generate(
+    folder: Path | str, prompt: str, max_new_tokens: int, *, seed: int = 0, **sampling: Any
+) -> Iterator[str]:
+    """Text that a trained language model continues `prompt` with, piece by piece."""
+    built = load_run(folder)
+    if not isinstance(built.model, LanguageModel):
+        raise ConfigError(f"{folder} is not a language model: it has no text to continue")
+    tokenizer = load_tokenizer(Path(folder) / "tokenizer.json")
+    tokens = torch.as_tensor(tokenizer.encode(prompt))[None]
+    if tokens.shape[1] == 0:
+        raise ConfigError("the prompt is empty; give at least one character")
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        drawn = built.model.generate(tokens, max_new_tokens, generator=generator, **sampling)
+        yield from decode_stream(tokenizer, drawn)
+    except ValueError as error:
+        raise ConfigError(f"generate: {error}") from error
+
+
+def decode_stream(tokenizer: Any, drawn: Iterator[Tensor]) -> Iterator[str]:
+    """Decode tokens as they come; a character that spans tokens waits until it is whole."""
+    waiting: list[int] = []
+    for token in drawn:
+        waiting.append(int(token))
+        text = tokenizer.decode(waiting)
+        if not text.endswith("\ufffd"):
+            yield text
+            waiting = []
+    if waiting:
+        yield tokenizer.decode(waiting)
+
+
+SAMPLE = 600
+
+
+def finish(folder: Path | str, compare: Sequence[Path] = ()) -> Path:
+    """Draw a sample where there is text, and write the report."""
+    folder = Path(folder)
+    if (folder / "tokenizer.json").exists():
+        text = "".join(generate(folder, "\n", SAMPLE, temperature=0.8))
+        (folder / "sample.txt").write_text(text)
+    return write_report(folder, compare)
+
+
+def replay(folder: Path, limits: str | None = None, overrides: Sequence[str] = ()) -> Replay:
+    """Decide a recorded run again, with its own limits or others.
+
+    Raises FileNotFoundError where the run was not governed, ConfigError for unknown limits.
+    """
+    telemetry, journal = folder / TELEMETRY, folder / JOURNAL
+    for path in (telemetry, journal):
+        if not path.exists():
+            raise FileNotFoundError(f"{folder} was not governed: there is no {path.name} in it")
+    settings = read_config(folder).governor
+    changed: dict[str, Any] = {}
+    for assignment in overrides:
+        changed = config.override(changed, assignment)
+    if limits is not None:
+        settings = GovernorSettings(limits=limits)
+    elif not changed:
+        return decide_again(rows(telemetry), rows(journal))
+    settings = config.build(
+        GovernorSettings, config.merge(config.plain(settings), changed), "limits"
+    )
+    return decide_again(rows(telemetry), rows(journal), settings.resolve())
+
+
+def overview(runs: Path) -> Iterator[tuple[str, ...]]:
+    """One row per run: name, steps, best validation loss, alarms, changes, config hash, commit."""
+    for path in sorted(runs.glob("*/metrics.jsonl")):
+        header, *metrics = rows(path)
+        losses = [row["loss"] for row in metrics if row["split"] == "validation"]
+        steps = max((row["step"] for row in metrics), default=0)
+        journal = path.with_name(JOURNAL)
+        kinds = [row.get("kind") for row in rows(journal)] if journal.exists() else []
+        yield (
+            path.parent.name, str(steps), f"{min(losses):.4f}" if losses else "-",
+            str(kinds.count("alarm")) if journal.exists() else "-",
+            str(kinds.count("change")) if journal.exists() else "-",
+            header["header"]["config_hash"], header["header"]["commit"],
+        )  # fmt: skip
+
+
+EXTRAS = {
+    "cli": ("cyclopts", "rich", "jinja2", "matplotlib", "pyarrow"),
+    "text": ("tokenizers",),
+    "images": ("sklearn",),
+    "tensorboard": ("tensorboard",),
+    "mlflow": ("mlflow",),
+}
+
+
+def diagnosis() -> Iterator[tuple[str, str]]:
+    """What this machine has: versions, devices, extras and data sets."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    facts = environment(torch.device("cpu"))
+    yield from (
+        (name, str(facts[name])) for name in ("sixfold", "commit", "python", "platform", "torch")
+    )
+    yield "device", facts["device"]
+    yield "threads", f"{facts['threads']} used by torch"
+    yield "accelerator", "none" if found is None else found.type
+    for extra, packages in EXTRAS.items():
+        missing = [name for name in packages if importlib.util.find_spec(name) is None]
+        yield (
+            f"extra {extra}",
+            f"missing: pip install 'sixfold[{extra}]'" if missing else "installed",
+        )
+    root = os.environ.get("SIXFOLD_DATA")
+    yield "SIXFOLD_DATA", root or "not set; bundled text, digits and generated physics still work"
+    for name in names("sixfold.data"):
+        yield f"data {name}", availability(name)
+
+
+def availability(name: str) -> str:
+    """Whether the files of a data set are here; sets without files are bundled or generated."""
+    module = importlib.import_module(f"sixfold.data.{name}")
+    try:
+        for file in vars(module).get("FILES", ()):
+            find(file, module.HOME)
+    except DataMissing as error:
+        return str(error)
+    return "found"
+
+
+def rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a log, header first; a half-written last line is left out."""
+    for line in path.read_bytes().splitlines(keepends=True):
+        if line.endswith(b"\n"):
+            yield json.loads(line)
