@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from sixfold import __version__
 from sixfold.errors import Explained, Interrupted
@@ -56,6 +56,14 @@ def sources(words: tuple[str, ...]) -> tuple[list[str], Path | None, list[str]]:
     return presets, file, overrides
 
 
+def translated(file: Path) -> dict[str, Any]:
+    """A configuration file, whichever of the known forms it has."""
+    from sixfold import config
+    from sixfold.compat.hamha.config import translate
+
+    return translate(config.read(file))
+
+
 @app.command
 def demo(*overrides: str, runs: Runs = Path("runs")) -> None:
     """Train a governed hexagonal language model, then watch a collapse being rescued.
@@ -104,7 +112,8 @@ def train(*config: str, resume: str | None = None, runs: Runs = Path("runs")) ->
         with live(folder.name) as view:
             outcome = run.resume(folder, view)
     else:
-        settings = run.configure(*sources(config))
+        presets, file, overrides = sources(config)
+        settings = run.configure(presets, None if file is None else translated(file), overrides)
         with live(settings.name) as view:
             folder, outcome = run.train(settings, runs, view)
     if outcome.validation is not None:

@@ -95,6 +95,8 @@ class Log:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file: IO[bytes] = path.open("r+b" if path.exists() else "w+b")
             if path.is_file():
+                if path.stat().st_size < position:
+                    raise OSError(None, f"it is shorter than the {position} bytes of the checkpoint")
                 self._file.truncate(position)
             self._file.seek(0, os.SEEK_END)
         except OSError as error:

@@ -97,23 +97,25 @@ class Built(NamedTuple):
 
 
 def configure(
-    presets: Sequence[str] = (), file: Path | None = None, overrides: Sequence[str] = ()
+    presets: Sequence[str] = (),
+    file: Path | Mapping[str, Any] | None = None,
+    overrides: Sequence[str] = (),
 ) -> RunConfig:
-    """Presets in order, then a file, then ``section.key=value`` overrides.
+    """Presets in order, then a file (or what one held), then ``section.key=value`` overrides.
 
     Raises ConfigError for anything that is not understood.
     """
     values: dict[str, Any] = {}
     sources = []
+    known = sorted(path.stem for path in PRESETS.glob("*.toml"))
     for name in presets:
-        known = sorted(path.stem for path in PRESETS.glob("*.toml"))
         if name not in known:
             raise ConfigError(unknown("preset", name, known))
         values = config.merge(values, config.read(PRESETS / f"{name}.toml"))
         sources.append(f"preset {name}")
     if file is not None:
-        values = config.merge(values, config.read(file))
-        sources.append(str(file))
+        values = config.merge(values, config.read(file) if isinstance(file, Path) else file)
+        sources.append(str(file) if isinstance(file, Path) else "file")
     for assignment in overrides:
         values = config.override(values, assignment)
         sources.append(assignment)

@@ -208,6 +208,8 @@ class MultiHeadAttention(nn.Module):
         if probe is not None:
             probe.mark("mixing")
         out = self.output(mixed.flatten(2))
+        if probe is not None:
+            probe.mark("output")
         out = out if self.batch_first else out.transpose(0, 1)
         return (out, reference.weights(features, visibility)) if need_weights else out
 

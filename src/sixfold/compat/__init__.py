@@ -1,0 +1,1 @@
+"""Names, call shapes and files of earlier projects, translated into Sixfold's own."""

@@ -13,8 +13,8 @@ def ring(num_nodes: int) -> Tensor:
     >>> ring(5).sum(1)
     tensor([2., 2., 2., 2., 2.])
     """
-    matrix = torch.zeros(num_nodes, num_nodes)
-    nodes = torch.arange(num_nodes)
+    matrix = torch.zeros(num_nodes, num_nodes, device="cpu")
+    nodes = torch.arange(num_nodes, device="cpu")
     matrix[nodes, (nodes + 1) % num_nodes] = 1.0
     matrix = torch.maximum(matrix, matrix.T)
     return matrix.fill_diagonal_(0.0)
@@ -26,7 +26,7 @@ def complete(num_nodes: int) -> Tensor:
     >>> int(complete(4).sum())
     12
     """
-    return torch.ones(num_nodes, num_nodes).fill_diagonal_(0.0)
+    return torch.ones(num_nodes, num_nodes, device="cpu").fill_diagonal_(0.0)
 
 
 def rewire(adjacency: Tensor, seed: int, swaps_per_edge: int = 20) -> Tensor:

@@ -2,6 +2,7 @@
 
 Axial coordinates (q, r); the third cube coordinate is s = -q - r. A grid of radius R holds every
 cell within distance R of the origin: 3R^2 + 3R + 1 cells, 7, 19, 37, 61 for R = 1 to 4.
+Tensors are made on the CPU whatever the default device: layers are built from their values.
 Source: Red Blob Games, "Hexagonal Grids" (axial coordinates, distance, rotation).
 """
 
@@ -123,16 +124,17 @@ class HexGrid:
 
     def rotation(self, sixths: int = 1) -> Tensor:
         """The permutation p of a turn by 60 degrees: head h moves to place p[h]."""
-        return torch.tensor([self.index[cell.rotate(sixths)] for cell in self.coordinates])
+        places = [self.index[cell.rotate(sixths)] for cell in self.coordinates]
+        return torch.tensor(places, device="cpu")
 
     def orbits(self) -> Tensor:
         """Orbit number of every head under the six rotations (C6), shape (num_heads,)."""
         first = [min(self.index[c.rotate(t)] for t in range(6)) for c in self.coordinates]
-        return torch.unique(torch.tensor(first), return_inverse=True)[1]
+        return torch.unique(torch.tensor(first, device="cpu"), return_inverse=True)[1]
 
     def adjacency(self) -> Tensor:
         """Symmetric 0/1 matrix (num_heads, num_heads): 1 between neighbouring cells."""
-        matrix = torch.zeros(self.num_heads, self.num_heads)
+        matrix = torch.zeros(self.num_heads, self.num_heads, device="cpu")
         for head, cell in enumerate(self.coordinates):
             for neighbour in cell.neighbours():
                 if neighbour in self.index:

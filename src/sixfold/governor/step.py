@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from sixfold.contracts import Change, Evidence, Expectation, HeadId, Snapshot
 from sixfold.governor import alarms
@@ -131,28 +131,34 @@ def endings(
     return left, tuple(undone)
 
 
-def answer(alarm: Alarm, state: State, limits: Limits, snapshot: Snapshot) -> Change | None:
-    """The least invasive change for a head in trouble, or None where it has to wait."""
+def answer(
+    alarm: Alarm, state: State, undone: tuple[Undone, ...], limits: Limits, now: int
+) -> Change | None:
+    """The least invasive change for a head in trouble, or None where it has to wait.
+
+    A clip first; the entropy term where the head has been clipped often, or where entropy is what
+    alarms. What is being taken back at this step is made up for.
+    """
     head, actions = alarm.target, limits.actions
     mine = [(when, name) for when, name, target in state.history if target == head]
-    if len(mine) >= actions.budget or (mine and snapshot.step - mine[-1][0] < actions.cooldown):
-        return None
-    if any(item.change.target == head for item in state.pending):
+    waits = mine and now - mine[-1][0] < actions.cooldown
+    if len(mine) >= actions.budget or waits or any(p.change.target == head for p in state.pending):
         return None
     clips = sum(name == "qk_clip" for _, name in mine)
-    held = sum(name == "entropy_term" for _, name in mine)
-    if alarm.signal == "entropy" or clips >= actions.clips_before_entropy * (held + 1):
-        floor = alarms.own_median(state.memory, "entropy", head)
-        if floor is None:
-            return None
-        return entropy_term.build(
-            head,
-            floor,
-            actions.entropy_coefficient,
-            actions.entropy_steps,
-            actions.entropy_steps // 2,
-        )
-    return qk_clip.build(head, alarm.value, actions.clip_to, actions.within)
+    terms = len(mine) - clips
+    if alarm.signal == "max_logit" and clips < actions.clips_before_entropy * (terms + 1):
+        returned = sum(u.change.power for u in undone if is_clip_of(u.change, head))
+        return qk_clip.build(head, alarm.value * 2.0**returned, actions.clip_to, actions.within)
+    floor = alarms.own_median(state.memory, "entropy", head)
+    if floor is None:
+        return None
+    weight, lasts = actions.entropy_coefficient, actions.entropy_steps
+    return entropy_term.build(head, floor, weight, lasts, within=lasts // 2)
+
+
+def is_clip_of(change: Change, head: HeadId) -> TypeGuard[qk_clip.QKClip]:
+    """Whether a change is a clip of this head."""
+    return isinstance(change, qk_clip.QKClip) and change.target == head
 
 
 def state_dict(state: State) -> dict[str, Any]:

@@ -229,8 +229,8 @@ def _log_if_wide(axes: Any) -> None:
 
 
 def _finished(figure: Any) -> Any:
-    """Add a legend to every plot with named lines."""
-    for axes in figure.axes:
-        if len(axes.get_legend_handles_labels()[1]) > 1:
-            axes.legend(frameon=False, fontsize=9)
+    """Put a legend beside the last plot, if it has several named lines."""
+    axes = figure.axes[-1]
+    if len(axes.get_legend_handles_labels()[1]) > 1:
+        axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.02))
     return figure

@@ -126,7 +126,7 @@ def _layer(moment: Moment, layer: int, look: MapStyle, place: tuple[float, float
     # outlined cells last, or their neighbours would cover half the outline
     order = sorted(range(len(values)), key=lambda head: (layer, head) in moment.alarmed)
     return "".join(
-        _cell(moment, (layer, head), look, (x + size * dx, y + size * dy, size))
+        _cell(moment, (layer, head), look, (x + size * dx, y - size * dx, size))
         for head in order
         for dx, dy in (centres[head],)
     )
@@ -178,7 +178,7 @@ def _side(moments: Sequence[Moment], look: MapStyle, width: float) -> float:
 def _bar(look: MapStyle) -> str:
     """Title at the left, the colour scale with its ends at the right."""
     unit = f'<tspan class="muted" dx="8">{escape(look.unit)}</tspan>' if look.unit else ""
-    right, count, step = look.width - 60, 24, 4.0
+    right, count, step = look.width - (84 if look.scale.log else 52), 24, 4.0
     left = right - count * step
     log = " (log)" if look.scale.log else ""
     bar = "".join(

@@ -64,11 +64,18 @@ def about(entry: Row) -> str:
 
 
 def describe(entry: Row) -> str:
-    """A journal entry on one line."""
-    what = entry.get("name") or entry.get("signal") or ""
-    head = " ".join(part for part in (str(what), where(entry)) if part)
-    text = f": {entry['text']}" if entry.get("text") else ""
-    return f"step {entry['step']:,} {entry['kind']} {head}".strip() + text
+    """A journal entry on one line; what its text already says is not said twice.
+
+    >>> describe({"step": 1200, "kind": "alarm", "level": "critical", "signal": "max_logit",
+    ...           "layer": 2, "head": 3, "text": "max_logit of layer 2 head 3 is 131 nats"})
+    'step 1,200 critical alarm: max_logit of layer 2 head 3 is 131 nats'
+    """
+    text = str(entry.get("text") or "")
+    what, place = str(entry.get("name") or entry.get("signal") or ""), where(entry)
+    parts = [entry.get("level"), entry["kind"], what if what not in text else "",
+             place if place.replace(" · ", " ") not in text else ""]  # fmt: skip
+    lead = " ".join([f"step {entry['step']:,}", *(str(part) for part in parts if part)])
+    return f"{lead}: {text}" if text else lead
 
 
 def broken_marks(points: Sequence[Point], look: str, label: str) -> list[Mark]:

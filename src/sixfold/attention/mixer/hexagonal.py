@@ -19,7 +19,8 @@ from sixfold.geometry.hexgrid import HexGrid
 def edge_orbits(grid: HexGrid) -> Tensor:
     """Class of every directed edge under the six turns, (h, h); -1 where there is no edge."""
     turns = torch.stack([grid.rotation(turn) for turn in range(6)])
-    ends = torch.cartesian_prod(torch.arange(grid.num_heads), torch.arange(grid.num_heads))
+    heads = torch.arange(grid.num_heads, device="cpu")
+    ends = torch.cartesian_prod(heads, heads)
     codes = turns[:, ends[:, 0]] * grid.num_heads + turns[:, ends[:, 1]]
     first = codes.min(0).values.view(grid.num_heads, -1)
     edges = grid.adjacency().bool()

@@ -26,7 +26,8 @@ class Dot(nn.Module):
         Source: Kimi K2, arXiv 2507.20534, section 2.1 (QK-Clip: each by sqrt(gamma)).
         """
         shared = projection.heads.num_kv_heads != projection.heads.num_heads
-        on_key = 0 if shared else power // 2
+        # rounded towards zero, so that the inverse call splits its power the same way
+        on_key = 0 if shared else int(power / 2)
         projection.scale_head_(head, query=2.0 ** (power - on_key), key=2.0**on_key)
 
 

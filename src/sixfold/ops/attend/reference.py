@@ -30,7 +30,7 @@ def logits(features: Features, visibility: Visibility) -> Tensor:
         return scores
     if mask.dtype == torch.bool:
         return scores.masked_fill(~mask, float("-inf"))
-    return scores + mask
+    return scores + mask.to(scores.dtype)
 
 
 def weights(features: Features, visibility: Visibility) -> Tensor:

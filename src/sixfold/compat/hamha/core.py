@@ -1,0 +1,5 @@
+"""``hamha.core``."""
+
+from sixfold.attention.named import HexagonalMultiHeadAttention
+
+__all__ = ["HexagonalMultiHeadAttention"]

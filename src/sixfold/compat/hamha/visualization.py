@@ -1,0 +1,5 @@
+"""``utils.visualization``."""
+
+from sixfold.report.figures import TelemetryVisualizer, plot_hexagonal_grid
+
+__all__ = ["TelemetryVisualizer", "plot_hexagonal_grid"]

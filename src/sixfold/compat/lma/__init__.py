@@ -1,0 +1,1 @@
+"""The LMA names: ``from lma.X import Y`` becomes ``from sixfold.compat.lma.X import Y``."""

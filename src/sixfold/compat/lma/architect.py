@@ -1,0 +1,5 @@
+"""``lma.architect``."""
+
+from sixfold.governor.architect import LeadMetaArchitect
+
+__all__ = ["LeadMetaArchitect"]

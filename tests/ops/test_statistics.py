@@ -1,0 +1,150 @@
+"""Statistics of heads against plain loops."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from sixfold.contracts import Features, Observation, Visibility
+from sixfold.ops.attend.reference import weights
+from sixfold.ops.statistics import QUERIES, head_statistics, sampled, spectra
+
+INF = float("inf")
+
+
+def observation(kind, n=6, m=6, kv_heads=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(2, 4, n, 8, generator=generator)
+    key = torch.randn(2, kv_heads, m, 8, generator=generator)
+    some = torch.rand(2, 4, n, m, generator=generator) < 0.6
+    some[:, :, -1] = False
+    bias = torch.randn(n, m, generator=generator)
+    seen = {
+        "none": (None, False),
+        "causal": (None, True),
+        "bool": (some, False),
+        "causal_bool": (some, True),
+        "keys": (some[:, :1, :1], True),
+        "float": (bias.masked_fill(~some[0, 0], -INF), False),
+        "causal_float": (bias, True),
+    }[kind]
+    return Observation(Features(query, key, 0.4), Visibility(*seen))
+
+
+KINDS = ("none", "causal", "bool", "causal_bool", "keys", "float", "causal_float")
+
+
+def by_loop(seen, batches, queries):
+    """Largest logit and normalised entropy of each head, one query at a time in float64."""
+    query, key, scale = seen.features
+    n, m, heads = query.shape[2], key.shape[2], query.shape[1]
+    group = heads // key.shape[1]
+    mask = seen.visibility.mask
+    whole = None if mask is None else mask.expand(query.shape[0], heads, n, m)
+    largest, entropy = [], []
+    for h in range(heads):
+        top, shares = -INF, []
+        for b, i in itertools.product(batches, queries):
+            scores = []
+            for j in range(m):
+                if seen.visibility.is_causal and j > i + m - n:
+                    continue
+                bias = 0.0
+                if whole is not None:
+                    cell = whole[b, h, i, j]
+                    bias = float(cell) if mask.dtype != torch.bool else (0.0 if cell else -INF)
+                if bias > -INF:
+                    product = query[b, h, i].double() @ key[b, h // group, j].double()
+                    scores.append(scale * float(product) + bias)
+            top = max([top, *scores])
+            if len(scores) > 1:
+                shift = max(scores)
+                total = sum(math.exp(s - shift) for s in scores)
+                p = [math.exp(s - shift) / total for s in scores]
+                shares.append(-sum(x * math.log(x) for x in p) / math.log(len(p)))
+        largest.append(top)
+        entropy.append(sum(shares) / len(shares) if shares else 0.0)
+    return torch.tensor(largest), torch.tensor(entropy)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("n", "m"), [(6, 6), (4, 9)])
+def test_statistics_are_those_of_a_loop(kind, n, m):
+    seen = observation(kind, n, m)
+    for found, expected in zip(
+        head_statistics(seen), by_loop(seen, range(2), range(n)), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", [6, 150])
+def test_sampled_queries_are_evenly_spaced_rows_of_the_first_sequence(kind, n):
+    seen = observation(kind, n, n + 3)
+    few = sampled(seen)
+    count = min(n, QUERIES)
+    assert few.features.query.shape[:3] == (1, 4, count)
+    same = few.features.query[0, 0][:, None] == seen.features.query[0, 0]
+    rows = same.all(-1).int().argmax(-1)
+    gaps = rows.sort().values.diff()
+    assert rows.min() == 0
+    assert rows.max() == n - 1
+    assert gaps.min() > 0
+    assert gaps.max() - gaps.min() <= 1
+    whole = weights(seen.features, seen.visibility)[:1]
+    torch.testing.assert_close(weights(few.features, few.visibility), whole[:, :, rows])
+
+
+def test_entropy_is_one_for_equal_logits_and_zero_for_one_key():
+    query, key = torch.zeros(1, 2, 5, 4), torch.randn(1, 2, 5, 4)
+    seen = Observation(Features(query, key, 1.0), Visibility(None, is_causal=True))
+    largest, entropy = head_statistics(seen)
+    torch.testing.assert_close(entropy, torch.ones(2))
+    assert largest.tolist() == [0.0, 0.0]
+    one = torch.eye(5, dtype=torch.bool)
+    seen = Observation(Features(query, key, 1.0), Visibility(one, is_causal=False))
+    assert head_statistics(seen)[1].tolist() == [0.0, 0.0]
+    sharp = Observation(Features(key * 100, key, 1.0), Visibility(None, is_causal=False))
+    assert (head_statistics(sharp)[1] < 1e-3).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_of_the_entropy_is_that_of_finite_differences(kind):
+    """In float32, so by a central difference along random directions."""
+    seen = observation(kind)
+    query = seen.features.query.clone().requires_grad_()
+
+    def total(point):
+        return head_statistics(seen._replace(features=seen.features._replace(query=point)))[1].sum()
+
+    gradient = torch.autograd.grad(total(query), query)[0]
+    assert torch.isfinite(gradient).all()
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        direction = torch.randn(query.shape, generator=generator)
+        step = 1e-2 * direction
+        with torch.no_grad():
+            slope = (total(query + step) - total(query - step)) / 2e-2
+        torch.testing.assert_close((gradient * direction).sum(), slope, rtol=2e-2, atol=2e-3)
+
+
+def test_spectra_are_the_singular_values():
+    generator = torch.Generator().manual_seed(0)
+    matrices = torch.randn(5, 8, 20, generator=generator)
+    largest, condition = spectra(matrices)
+    singular = torch.linalg.svdvals(matrices.double())
+    torch.testing.assert_close(largest, singular[:, 0], rtol=1e-10, atol=0)
+    torch.testing.assert_close(condition, singular[:, 0] / singular[:, -1], rtol=1e-8, atol=0)
+
+
+def test_a_known_condition_number_is_found_and_a_singular_one_is_huge():
+    basis = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))[0]
+    values = torch.tensor([1e4, 50, 5, 2, 1.5, 1], dtype=torch.float64)
+    largest, condition = spectra((basis * values @ basis.T)[None])
+    assert largest.item() == pytest.approx(1e4)
+    assert condition.item() == pytest.approx(1e4, rel=1e-6)
+    flat = torch.ones(1, 3, 4)
+    assert spectra(flat)[1].item() > 1e7
+    largest, condition = spectra(torch.zeros(1, 3, 4))
+    assert largest.item() == 0 and math.isfinite(condition.item())
