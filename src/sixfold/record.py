@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 COLUMNS = (
     "experiment",
@@ -91,37 +94,43 @@ class Log:
 
     def __init__(self, path: Path, header: Mapping[str, Any], position: int = 0) -> None:
         self.path = path
-        try:
+        with naming(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file: IO[bytes] = path.open("r+b" if path.exists() else "w+b")
+            # unbuffered: a row is with the operating system once `append` returns
+            self._file = path.open("r+b" if path.exists() else "w+b", buffering=0)
+            # whoever lets go of a log without closing it has still closed it
+            self.close = weakref.finalize(self, self._file.close)
             if path.is_file():
-                if path.stat().st_size < position:
-                    raise OSError(None, f"it is shorter than the {position} bytes of the checkpoint")
+                size = path.stat().st_size
+                if size < position:
+                    raise OSError(errno.EIO, f"{size} bytes, the checkpoint counts {position}")
                 self._file.truncate(position)
             self._file.seek(0, os.SEEK_END)
-        except OSError as error:
-            raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
         if position == 0:
             self.append({"header": dict(header)})
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one row."""
-        try:
-            self._file.write(json.dumps(row, separators=(",", ":")).encode() + b"\n")
-            self._file.flush()
-        except OSError as error:
-            raise OSError(error.errno, f"cannot write {self.path}: {error.strerror}") from error
+        line = json.dumps(row, separators=(",", ":")).encode() + b"\n"
+        with naming(self.path):
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def position(self) -> int:
         """Bytes written so far, now on disk."""
-        self._file.flush()
-        if self.path.is_file():
-            os.fsync(self._file.fileno())
-        return self._file.tell()
+        with naming(self.path):
+            if self.path.is_file():
+                os.fsync(self._file.fileno())
+            return self._file.tell()
 
-    def close(self) -> None:
-        """Release the file."""
-        self._file.close()
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors inside say which file could not be written."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
 
 
 @dataclass(frozen=True)
@@ -164,11 +173,9 @@ def publish(path: Path, results: list[Result], provenance: Provenance) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file so that a reader sees the old one or the new one, never a part."""
     temporary = path.with_name(path.name + ".tmp")
-    try:
+    with naming(path):
         with temporary.open("w") as file:
             json.dump(value, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:
-        raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error

@@ -61,7 +61,8 @@ def telemetry_rows(
     chance = random.Random(2)
     rows: list[dict] = [{"header": {
         "layers": layers, "num_heads": heads, "grid_radius": radius,
-        "units": {"max_logit": "nats", "entropy": "1 (of log n)", "gradient_norm": "1"},
+        "units": {"max_logit": "nats", "entropy": "1 (of log n)", "gradient_norm": "1",
+                  "sigma_max": "1 (of nothing)"},
     }}]  # fmt: skip
     for row, step in enumerate(range(every, steps + 1, every)):
         share = step / steps

@@ -25,8 +25,9 @@ def test_numbers_are_those_of_the_files(make_run):
 
 def test_units_are_those_of_the_files(make_run):
     run = read_run(make_run(steps=100))
-    units = [run.unit(n) for n in ("loss", "max_logit", "entropy", "learning_rate", "unknown")]
-    assert units == ["nats/token", "nats", "of log n", "", ""]
+    assert [run.unit(n) for n in ("loss", "learning_rate", "unknown")] == ["nats/token", "", ""]
+    signals = ("max_logit", "entropy", "sigma_max_q", "unknown")
+    assert [run.signal_unit(n) for n in signals] == ["nats", "of log n", "of nothing", ""]
 
 
 def test_nan_loss_is_read_as_nan(make_run):

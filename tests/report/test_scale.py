@@ -7,8 +7,8 @@ from sixfold.report.scale import (
     Scale,
     decimate,
     duration,
+    kind_of,
     log_ticks,
-    needs_log,
     number,
     smooth,
     tick_labels,
@@ -34,17 +34,26 @@ def test_log_ticks_are_powers_of_ten_over_many_decades():
 
 
 def test_scale_keeps_ratios_when_logarithmic():
-    scale = Scale(1, 10_000, 0, 400, log=True)
+    scale = Scale(1, 10_000, 0, 400, "log")
     assert scale(10) - scale(1) == pytest.approx(scale(1000) - scale(100)) == pytest.approx(100)
     assert scale(0.1) == 0
     assert Scale(0, 10, 100, 0)(2.5) == 75
 
 
+def test_symlog_is_odd_and_logarithmic_far_from_zero():
+    scale = Scale(-1e4, 1e4, -1, 1, "symlog")
+    assert scale(0) == pytest.approx(0)
+    assert scale(-50) == pytest.approx(-scale(50))
+    decade = math.log(10) / math.asinh(1e4)
+    assert scale(1e4) - scale(1e3) == pytest.approx(decade, rel=1e-5)
+    assert scale.ticks(10) == (-1e4, -1e3, -100, -10, 0, 10, 100, 1e3, 1e4)
+
+
 def test_labels():
-    assert tick_labels((0.0, 0.05, 0.1), log=False) == ["0.00", "0.05", "0.10"]
-    assert tick_labels((0.0, 50_000.0), log=False) == ["0", "50,000"]
-    assert tick_labels((1e-6, 1e-3), log=True) == ["1e-6", "0.001"]
-    assert tick_labels((0.0, 1e-6), log=False) == ["0", "1e-6"]
+    assert tick_labels((0.0, 0.05, 0.1)) == ["0.00", "0.05", "0.10"]
+    assert tick_labels((0.0, 50_000.0)) == ["0", "50,000"]
+    assert tick_labels((1e-6, 1e-3), "log") == ["1e-6", "0.001"]
+    assert tick_labels((0.0, 1e-6)) == ["0", "1e-6"]
 
 
 def test_numbers_as_text():
@@ -81,6 +90,10 @@ def test_a_rhythm_is_no_gap_but_a_pause_is():
     paused = [p for p in slow if p[0] not in (160, 200)]
     assert sum(math.isnan(y) for _, y in with_gaps(paused)) == 1
     assert with_gaps([]) == []
+    # calm, then watched closely, then calm again: three rhythms, no gap
+    rhythms = [*range(0, 100, 10), *range(100, 140, 2), *range(140, 200, 10)]
+    points = [(float(step), 1.0) for step in rhythms]
+    assert with_gaps(points) == points
 
 
 def test_smoothing_is_the_mean_of_its_window_even_beside_a_huge_value():
@@ -100,7 +113,9 @@ def test_smoothing_leaves_what_is_not_finite_a_gap():
 
 
 def test_log_is_chosen_for_wide_positive_values_only():
-    assert needs_log([1.0, 41.0])
-    assert not needs_log([1.0, 39.0])
-    assert not needs_log([0.0, 1000.0])
-    assert not needs_log([])
+    assert kind_of([1.0, 41.0]) == "log"
+    assert kind_of([1.0, 39.0]) == "linear"
+    assert kind_of([0.0, 900.0, 1000.0]) == "linear"
+    assert kind_of([0.0, 1.0, 1000.0]) == "symlog"
+    assert kind_of([0.0, 1e-5, 1e-2]) == "linear"
+    assert kind_of([]) == "linear"

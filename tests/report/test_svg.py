@@ -118,6 +118,25 @@ def test_an_empty_chart_says_so():
     assert "nothing measured" in line_chart([Line("", [(0, math.nan)], "s0")], [], Axes("t", ""))
 
 
+def test_a_long_legend_takes_as_many_rows_as_it_needs():
+    lines = [Line(f"a rather long name {i}", [(0.0, 0.0), (1.0, 1.0)], f"s{i}") for i in range(6)]
+    drawing = line_chart(lines, [], Axes("t", "", 400))
+    rows = [t for t in ElementTree.fromstring(drawing).iter(f"{SVG}text")
+            if "rather long" in "".join(t.itertext())]  # fmt: skip
+    assert ["".join(t.itertext()).count("rather") for t in rows] == [2, 2, 2]
+    heights = [float(t.get("y")) for t in rows]
+    highest = min(y for path in by_class(drawing, "line") for _, y in pairs(path.get("d"))[0])
+    assert sorted(heights) == heights
+    assert heights[-1] < highest
+
+
+def test_limits_are_dashed_and_their_labels_do_not_meet():
+    line = Line("x", [(0.0, 0.0), (1.0, 1000.0)], "s0")
+    drawing = line_chart([line], [], Axes("t", "", limits=(500.0, 505.0, 100.0)))
+    assert len(by_class(drawing, "limit")) == 3
+    assert [n for n in ("100", "500", "505") if f"limit {n}<" in drawing] == ["100", "505"]
+
+
 def contrast(a: str, b: str) -> float:
     """The ratio of WCAG 2.2."""
 
@@ -200,8 +219,9 @@ def test_without_a_grid_or_with_another_number_of_heads_cells_are_a_row():
 
 
 def test_colour_scales():
-    assert colour_scale([1.0, 100.0]).log
-    assert not colour_scale([1.0, 7.0]).log
+    assert colour_scale([1.0, 100.0]).kind == "log"
+    assert colour_scale([1.0, 7.0]).kind == "linear"
+    assert colour_scale([-3.0, 4.0, 900.0]).kind == "symlog"
     assert colour_scale([1.0, 100.0], (0.0, 1.0))[:2] == (0.0, 1.0)
     flat = colour_scale([3.0, 3.0])
     assert flat.low < 3 < flat.high

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -22,15 +23,25 @@ class KeyValueCache:
         """Add (..., n, width) along the token axis and return the whole entry."""
         start = self._filled.get(name, 0)
         end = start + entry.shape[-2]
-        if name not in self._room or self._room[name].shape[-2] < end:
-            larger = entry.new_empty(*entry.shape[:-2], max(2 * start, end, 16), entry.shape[-1])
-            if start:
-                larger[..., :start, :] = self._room[name][..., :start, :]
-            self._room[name] = larger
-        self._room[name][..., start:end, :] = entry
-        self._filled[name] = end
+        room = self._room.get(name)
+        if torch.is_grad_enabled() and entry.requires_grad:
+            # a backward pass will read what is held: it must not be written to
+            room = torch.cat([room[..., :start, :], entry], dim=-2) if start else entry
+        else:
+            if room is None or room.shape[-2] < end:
+                room = self._grown(room, entry, start, end)
+            room[..., start:end, :] = entry
+        self._room[name], self._filled[name] = room, end
         self.length = max(self.length, end)
-        return self._room[name][..., :end, :]
+        return room[..., :end, :]
+
+    @staticmethod
+    def _grown(room: Tensor | None, entry: Tensor, start: int, end: int) -> Tensor:
+        """A room for at least `end` tokens that holds the first `start`."""
+        larger = entry.new_empty(*entry.shape[:-2], max(2 * start, end, 16), entry.shape[-1])
+        if start:
+            larger[..., :start, :] = room[..., :start, :]
+        return larger
 
     def crop(self, length: int) -> None:
         """Forget every token after the first `length`.

@@ -7,6 +7,7 @@ that name, chosen here by the file's name.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,14 +29,19 @@ IMPLEMENTATIONS = ("auto", "fused", "reference")
 def build_part(kind: str, part: Part, heads: Heads, **factory: Any) -> Any:
     """Build a variant of `kind` (projection, score, reach or mixer) for `heads`.
 
-    Raises ValueError naming the part, for an unknown name or option.
+    Raises ValueError naming the part, for an unknown name or option and for sizes it cannot serve.
     """
     options = {"name": part} if isinstance(part, str) else dict(part)
     name = options.pop("name", None)
     build = load(f"sixfold.attention.{kind}", name)
+    parameters = inspect.signature(build).parameters.values()
+    known = {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    for option in options:
+        if option not in known:
+            raise ValueError(f"{kind} {name!r}: " + unknown("option", option, known or {"none"}))
     try:
         return build(heads, **options, **factory)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{kind} {name!r}: {error}") from error
 
 
@@ -204,7 +210,7 @@ class MultiHeadAttention(nn.Module):
         if probe is not None:
             probe.mark("attention")
             probe.observe(Observation(features, visibility))
-        mixed = self.mixer.mix_outputs(out.transpose(1, 2))
+        mixed = self.mixer.mix_outputs(out.transpose(1, 2), self.impl)
         if probe is not None:
             probe.mark("mixing")
         out = self.output(mixed.flatten(2))
@@ -237,6 +243,8 @@ def check_sizes(
                 f"d_model {d_model} is not a multiple of num_heads {num_heads}: give head_dim"
             )
         head_dim = d_model // num_heads
+    if head_dim < 1:
+        raise ValueError(f"head_dim must be 1 or more, got {head_dim}")
     num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
     if num_kv_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(f"num_kv_heads {num_kv_heads} does not divide num_heads {num_heads}")

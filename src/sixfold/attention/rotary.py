@@ -19,8 +19,9 @@ def rotate(x: Tensor, offset: int, theta: float) -> Tensor:
     Source: Su et al., RoFormer, arXiv 2104.09864, eq. 34 (half-split pairing as in LLaMA).
     """
     half = x.shape[-1] // 2
-    grid = torch.arange(half, device=x.device, dtype=torch.float32)
-    position = torch.arange(offset, offset + x.shape[-2], device=x.device, dtype=torch.float32)
+    exact = {"device": x.device, "dtype": torch.promote_types(x.dtype, torch.float32)}
+    grid = torch.arange(half, **exact)
+    position = torch.arange(offset, offset + x.shape[-2], **exact)
     angle = position[:, None] * theta ** (-grid / half)
     cosine, sine = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     first, second = x[..., :half], x[..., half:]

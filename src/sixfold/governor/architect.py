@@ -175,14 +175,14 @@ class LeadMetaArchitect:
         seen = Seen(now, None, None, ())
         probes = self._probes()
         if self.sampling and probes:
-            snapshot = self._snapshot(now, math.nan if loss is None else float(loss), probes, ended)
+            snapshot = self._snapshot(now, number(loss), probes, ended)
             self.telemetry.history.append(snapshot)
             self.state, decisions = step(self.state, snapshot, self.limits)
             self._act(decisions)
             rows = journal.rows(now, decisions, self.mode)
             self.journal += rows
             journal.write(self.logs, snapshot, rows)
-            seen = Seen(now, snapshot, decisions, tuple(row["text"] for row in rows))
+            seen = Seen(now, snapshot, decisions, journal.sentence(decisions, self.mode))
         self.now = now
         self._arm()
         self._began = clock_us(self.device)
@@ -255,3 +255,10 @@ class LeadMetaArchitect:
         self.terms = {HeadId(layer, head): (floor, c) for layer, head, floor, c in state["terms"]}
         self._arm()
         self._began = clock_us(self.device)
+
+
+def number(loss: float | Tensor | None) -> float:
+    """A loss as a float; NaN when none was given."""
+    if loss is None:
+        return math.nan
+    return loss.item() if isinstance(loss, Tensor) else loss

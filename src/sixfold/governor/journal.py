@@ -79,6 +79,28 @@ def rows(now: int, decisions: Decisions, mode: str) -> list[dict[str, Any]]:
     ]
 
 
+def sentence(decisions: Decisions, mode: str) -> tuple[str, ...]:
+    """One step in one sentence, for whoever is watching; nothing where nothing was decided."""
+    made = "made" if mode == "act" else "would make"
+    parts = [f"{made} {heads_by(decisions.applied)}"] if decisions.applied else []
+    if decisions.undone:
+        parts.append(f"took back {heads_by(decisions.undone)}")
+    if not parts and not decisions.alarms:
+        return ()
+    worst = "critical" if any(a.level == "critical" for a in decisions.alarms) else "not critical"
+    alarms = f"{len(decisions.alarms)} alarms ({worst})" if decisions.alarms else ""
+    return ("; ".join([*([alarms] if alarms else []), *parts]),)
+
+
+def heads_by(changes: Sequence[Applied] | Sequence[Undone]) -> str:
+    """Changes by name, each with its heads as layer.head."""
+    heads: dict[str, list[str]] = {}
+    for item in changes:
+        target = item.change.target
+        heads.setdefault(item.change.name, []).append(f"{target.layer}.{target.head}")
+    return ", ".join(f"{name} at heads {' '.join(where)}" for name, where in heads.items())
+
+
 def alarm_row(alarm: Alarm) -> dict[str, Any]:
     """An alarm."""
     where = {"layer": alarm.target.layer, "head": alarm.target.head}

@@ -84,7 +84,11 @@ def step(state: State, snapshot: Snapshot, limits: Limits) -> tuple[State, Decis
     count, applied, history = state.count, [], state.history
     for alarm in troubled:
         change = answer(
-            alarm, replace(state, pending=tuple(pending), history=history), limits, snapshot
+            alarm,
+            replace(state, pending=tuple(pending), history=history),
+            undone,
+            limits,
+            snapshot.step,
         )
         if change is not None:
             count += 1

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from sixfold.attention.mixer._graph import DENSE_UP_TO, GraphMixer
+from sixfold.attention.mixer._graph import GraphMixer
 from sixfold.attention.multihead import MultiHeadAttention
+from sixfold.attention.projection.hypernetwork import HypernetworkProjection, Writer
 from sixfold.models._block import Block
 
 
@@ -23,9 +24,9 @@ def flops(model: nn.Module, tokens: int) -> int:
 
     Per block 2 n (d_model d (2h + 2h_kv) + mixer + 2 d_model hidden) + 4 n^2 h d, and what the
     model does outside its blocks (`outer_flops`): n tokens, h heads of width d. A graph mixer is
-    (h d)^2 as one product, h d (2d + h) as two. Left out: norms, softmax, activations, rotary
-    turns, and what a projection or mixer does to make its weights, such as the hypernetwork's
-    mixing of its bank. A mask saves nothing: n^2 counts every pair.
+    h d (2d + h); a hypernetwork adds what it writes for each token. Left out: norms, softmax,
+    activations, rotary turns, and weights made once whatever n is (of coordinates, of a graph). A
+    mask saves nothing: n^2 counts every pair.
 
     Args:
         model: any model of this package.
@@ -47,7 +48,15 @@ def attention_flops(layer: MultiHeadAttention, tokens: int) -> int:
     width = heads.num_heads * heads.head_dim
     projected = width + 2 * heads.num_kv_heads * heads.head_dim
     per_token = heads.d_model * (projected + width)
+    if isinstance(layer.projection, HypernetworkProjection):
+        per_token += sum(map(written, layer.projection.children()))
     if isinstance(layer.mixer, GraphMixer):
-        thin = width * (2 * heads.head_dim + heads.num_heads)
-        per_token += width**2 if width <= DENSE_UP_TO else thin
+        per_token += width * (2 * heads.head_dim + heads.num_heads)
     return 2 * tokens * per_token + 4 * tokens**2 * width
+
+
+def written(writer: Writer) -> int:
+    """Multiplications in writing the weights of one token from its view."""
+    count = writer.count
+    reader = sum(part.weight.numel() for part in writer.reader if isinstance(part, nn.Linear))
+    return reader + count**2 * (writer.reader[-1].out_features + writer.head_dim)

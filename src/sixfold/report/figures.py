@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
@@ -18,7 +19,7 @@ from torch import nn
 from sixfold.contracts import Snapshot
 from sixfold.geometry.hexgrid import HexGrid, cartesian
 from sixfold.report.hexmap import colour_scale, viridis
-from sixfold.report.scale import Point, finite, needs_log, with_gaps
+from sixfold.report.scale import Point, finite, kind_of, with_gaps
 from sixfold.report.svg import LIGHT, LOOKS
 
 
@@ -157,9 +158,15 @@ def _cells(axes: Any, grid: HexGrid, values: Sequence[float] | None) -> None:
 def _colour_bar(figure: Any, axes: Any, values: Sequence[float]) -> None:
     scale = colour_scale(values)
     colours = _load("matplotlib.colors")
-    norm = colours.LogNorm if scale.log else colours.Normalize
+    norms = {
+        "linear": colours.Normalize,
+        "log": colours.LogNorm,
+        "symlog": partial(colours.AsinhNorm, 1.0),
+    }
     table = colours.ListedColormap([viridis(i / 255) for i in range(256)])
-    mappable = _load("matplotlib.cm").ScalarMappable(norm(scale.low, scale.high), table)
+    mappable = _load("matplotlib.cm").ScalarMappable(
+        norms[scale.kind](vmin=scale.low, vmax=scale.high), table
+    )
     bar = figure.colorbar(mappable, ax=axes, shrink=0.6, aspect=28, pad=0.02)
     bar.outline.set_visible(False)
 
@@ -224,8 +231,7 @@ def _across(
 
 def _log_if_wide(axes: Any) -> None:
     values = [v for line in axes.lines for v in line.get_ydata() if math.isfinite(v)]
-    if needs_log(values):
-        axes.set_yscale("log")
+    axes.set_yscale({"symlog": "asinh"}.get(kind_of(values), kind_of(values)))
 
 
 def _finished(figure: Any) -> Any:

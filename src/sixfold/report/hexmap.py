@@ -12,7 +12,7 @@ from html import escape
 from typing import NamedTuple
 
 from sixfold.geometry.hexgrid import HexGrid, cartesian
-from sixfold.report.scale import Scale, needs_log, number
+from sixfold.report.scale import Scale, kind_of, number
 
 _VIRIDIS = (
     (68, 1, 84), (71, 44, 122), (59, 81, 139), (44, 113, 142), (33, 144, 141),
@@ -61,7 +61,7 @@ def colour_scale(values: Sequence[float], fixed: tuple[float, float] | None = No
     low, high = fixed or (min(known, default=0.0), max(known, default=1.0))
     if high <= low:
         low, high = low - 0.5, high + 0.5
-    return Scale(low, high, 0.0, 1.0, log=not fixed and needs_log(known, 8))
+    return Scale(low, high, 0.0, 1.0, "linear" if fixed else kind_of(known, 8))
 
 
 def places(radius: int | None, num_heads: int) -> list[tuple[float, float]]:
@@ -126,7 +126,7 @@ def _layer(moment: Moment, layer: int, look: MapStyle, place: tuple[float, float
     # outlined cells last, or their neighbours would cover half the outline
     order = sorted(range(len(values)), key=lambda head: (layer, head) in moment.alarmed)
     return "".join(
-        _cell(moment, (layer, head), look, (x + size * dx, y - size * dx, size))
+        _cell(moment, (layer, head), look, (x + size * dx, y + size * dy, size))
         for head in order
         for dx, dy in (centres[head],)
     )
@@ -178,9 +178,9 @@ def _side(moments: Sequence[Moment], look: MapStyle, width: float) -> float:
 def _bar(look: MapStyle) -> str:
     """Title at the left, the colour scale with its ends at the right."""
     unit = f'<tspan class="muted" dx="8">{escape(look.unit)}</tspan>' if look.unit else ""
-    right, count, step = look.width - (84 if look.scale.log else 52), 24, 4.0
+    right, count, step = look.width - (52 if look.scale.kind == "linear" else 84), 24, 4.0
     left = right - count * step
-    log = " (log)" if look.scale.log else ""
+    log = "" if look.scale.kind == "linear" else " (log)"
     bar = "".join(
         f'<rect x="{left + i * step:.0f}" y="5" width="{step + 0.5}" height="9" '
         f'fill="{viridis(i / (count - 1))}" shape-rendering="crispEdges"/>'

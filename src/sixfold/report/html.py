@@ -18,7 +18,7 @@ from sixfold.report.compare import finals, side_by_side
 from sixfold.report.headline import headline, metric, outcomes, promise, verdict, where
 from sixfold.report.hexmap import MapStyle, Moment, colour_scale, hex_maps, hex_row, viridis
 from sixfold.report.read import Row, Run, read_run
-from sixfold.report.scale import duration, finite, number
+from sixfold.report.scale import duration, finite, kind_of, number
 from sixfold.report.svg import DARK, LIGHT, Axes, Line, line_chart, style
 
 TITLES = {
@@ -207,10 +207,11 @@ def _journal(run: Run) -> tuple[list[Entry], int]:
 
 def _entry(row: Row, judged: Mapping[Any, Row]) -> Entry:
     kind = str(row["kind"])
-    outcome, tone = "", ""
+    text, outcome, tone = series.words(row), "", ""
     if kind == "change":
         evidence = judged.get(row.get("id"))
-        outcome = "; ".join(part for part in (promise(row), verdict(evidence)) if part)
+        promised = "" if "expects" in text else promise(row)
+        outcome = "; ".join(part for part in (promised, verdict(evidence)) if part)
         tone = "" if evidence is None else ("good" if evidence.get("held") else "bad")
     elif kind == "evidence":
         outcome, tone = verdict(row), "good" if row.get("held") else "bad"
@@ -220,7 +221,6 @@ def _entry(row: Row, judged: Mapping[Any, Row]) -> Entry:
         outcome = f"{number(row['value'])}{past}"
     name = row.get("name") or row.get("signal") or ""
     numbered = f"{kind} {row['id']}" if row.get("id") is not None else kind
-    text = str(row.get("text") or "")
     head = f"{name}: " if name and name not in text else ""
     cost = f" (cost: {row['cost']})" if row.get("cost") else ""
     return Entry(number(row["step"]), numbered, str(row.get("level") or kind), where(row),
@@ -272,14 +272,18 @@ def _panels(run: Run, signal: str) -> Gallery:
     """One small chart per layer on shared axes, a line per head."""
     rows = series.measured(run, signal)
     depth = max((len(row.signals[signal]) for row in rows), default=0)
-    layers = [series.head_lines(run, signal, layer) for layer in range(depth)]
-    values = [y for lines in layers for line in lines for y in finite(line.points)]
-    limits = {e["limit"] for e in series.alarms(run, signal) if e.get("limit") is not None}
-    per_line = min(600, max(60, MAX_POINTS // max(sum(map(len, layers)), 1)))
     look = "pair" if depth < 3 else ("fours" if depth % 4 == 0 else "threes")
-    cover = (0.0, 1.0) if signal == "entropy" else (min(values, default=0), max(values, default=1))
-    axes = Axes("", run.unit(signal), COLUMN[look], 190, values=cover,
-                limits=tuple(sorted(limits)[:2]), points=per_line, rest="other heads")  # fmt: skip
+    named = 2 if look == "fours" else 3
+    layers = [series.head_lines(run, signal, layer, named) for layer in range(depth)]
+    values = [y for lines in layers for line in lines for y in finite(line.points)]
+    per_line = min(600, max(60, MAX_POINTS // max(sum(map(len, layers)), 1)))
+    entropy = signal == "entropy"
+    axes = Axes(
+        "", run.signal_unit(signal), COLUMN[look], 190,
+        values=(0.0, 1.0) if entropy else (min(values, default=0), max(values, default=1)),
+        scale="linear" if entropy else kind_of(values),
+        limits=_limits(run, signal), points=per_line, rest="other heads",
+    )  # fmt: skip
     charts = [
         line_chart(lines, series.journal_marks(run, signal, layer),
                    replace(axes, title=f"Layer {layer}"))
@@ -288,12 +292,18 @@ def _panels(run: Run, signal: str) -> Gallery:
     return Gallery(look, charts)
 
 
+def _limits(run: Run, signal: str) -> tuple[float, ...]:
+    """The limits alarms of a signal were raised by, unless every head has its own."""
+    limits = {e["limit"] for e in series.alarms(run, signal) if e.get("limit") is not None}
+    return tuple(limits) if len(limits) <= 2 else ()
+
+
 def _layers(run: Run, *signals: str) -> Gallery:
     """One chart per signal, a line per layer: its largest head."""
     axes = Axes("", "", COLUMN["threes"], 220, points=400, rest="other layers")
     charts = [
         line_chart(series.layer_lines(run, signal), series.journal_marks(run, signal),
-                   replace(axes, title=TITLES[signal], unit=run.unit(signal)))
+                   replace(axes, title=TITLES[signal], unit=run.signal_unit(signal)))
         for signal in signals
         if series.measured(run, signal)
     ]  # fmt: skip
@@ -305,7 +315,7 @@ def _gradients(run: Run) -> Gallery:
     axes = Axes("Gradient norm, whole model", run.unit("gradient_norm"))
     charts = [line_chart([Line("gradient norm", whole, "s0")], [], axes)] if whole else []
     if series.measured(run, "gradient_norm"):
-        axes = Axes(TITLES["gradient_norm"], run.unit("gradient_norm"))
+        axes = Axes(TITLES["gradient_norm"], run.signal_unit("gradient_norm"))
         charts.append(line_chart(series.layer_lines(run, "gradient_norm"), [], axes))
     return Gallery("pair", charts)
 
@@ -334,7 +344,7 @@ def _map_style(run: Run, signal: str) -> MapStyle:
     values = [v for r in series.measured(run, signal) for heads in r.signals[signal] for v in heads]
     fixed = (0.0, 1.0) if signal == "entropy" else None
     return MapStyle(
-        TITLES[signal], run.unit(signal), colour_scale(values, fixed), series.radius_of(run)
+        TITLES[signal], run.signal_unit(signal), colour_scale(values, fixed), series.radius_of(run)
     )
 
 
@@ -361,7 +371,7 @@ def _player(run: Run) -> tuple[list[str], dict[str, Any] | None]:
         drawings.append(hex_row(Moment(rows[-1].step, last), look))
         signals.append({
             "unit": look.unit, "low": look.scale.low, "high": look.scale.high,
-            "log": look.scale.log, "values": [_flat_values(row, name, shape) for row in rows],
+            "kind": look.scale.kind, "values": [_flat_values(row, name, shape) for row in rows],
         })  # fmt: skip
     return drawings, {
         "steps": [row.step for row in rows],

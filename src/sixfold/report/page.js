@@ -12,7 +12,7 @@
   );
 
   function colour(signal, value) {
-    const scale = signal.log ? Math.log : (x) => x;
+    const scale = { linear: (x) => x, log: Math.log, symlog: Math.asinh }[signal.kind];
     const low = scale(signal.low);
     const share = (scale(Math.max(value, signal.low)) - low) / (scale(signal.high) - low);
     const last = data.colours.length - 1;

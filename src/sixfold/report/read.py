@@ -45,18 +45,25 @@ class Run:
         return str(self.metrics.header.get("run") or self.folder.resolve().name)
 
     def unit(self, name: str) -> str:
-        """Unit of a metric, signal or scalar as the files state it; empty where it is a number.
+        """Unit of a metric as its file states it; empty where it is a plain number."""
+        return _unit(_mapping(self.metrics.header, "units").get(name))
 
-        A unit of the form ``1 (of log n)`` reads ``of log n``.
-        """
-        units = {
-            **_mapping(self.telemetry_header, "units"),
-            **_mapping(self.metrics.header, "units"),
-        }
-        unit = str(units.get(name, ""))
-        if unit.startswith("1 (") and unit.endswith(")"):
-            return unit[3:-1]
-        return "" if unit == "1" else unit
+    def signal_unit(self, name: str) -> str:
+        """Unit of a signal; one unit may stand for a family (``sigma_max`` for ``sigma_max_q``)."""
+        units = _mapping(self.telemetry_header, "units")
+        return _unit(units.get(name, units.get(name.rpartition("_")[0])))
+
+
+def _unit(unit: object) -> str:
+    """A unit as it is shown.
+
+    >>> _unit("nats"), _unit("1"), _unit("1 (of log n)"), _unit(None)
+    ('nats', '', 'of log n', '')
+    """
+    text = str(unit or "")
+    if text.startswith("1 (") and text.endswith(")"):
+        return text[3:-1]
+    return "" if text == "1" else text
 
 
 def read_run(folder: str | Path) -> Run:

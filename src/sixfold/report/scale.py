@@ -3,33 +3,41 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby, pairwise
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 Point = tuple[float, float]
 GAP = float("nan")
+Kind = Literal["linear", "log", "symlog"]
+WARP: dict[Kind, Callable[[float], float]] = {
+    "linear": float,
+    "log": math.log,
+    "symlog": math.asinh,
+}
 
 
 class Scale(NamedTuple):
-    """A map from [low, high] to [start, end], linear or logarithmic."""
+    """A map from [low, high] to [start, end]: linear, log, or symlog, which is asinh.
+
+    asinh is linear below 1 and logarithmic beyond, on both sides of 0.
+    """
 
     low: float
     high: float
     start: float
     end: float
-    log: bool = False
+    kind: Kind = "linear"
 
     def fraction(self, value: float) -> float:
         """Where a value lies: 0 at low, 1 at high, never outside.
 
-        >>> Scale(1, 100, 0, 1, log=True).fraction(10)
+        >>> Scale(1, 100, 0, 1, "log").fraction(10)
         0.5
         """
-        low, high = self.low, self.high
-        if self.log:
-            value, low, high = math.log(max(value, low)), math.log(low), math.log(high)
-        return min(max((value - low) / (high - low), 0.0), 1.0)
+        warp = WARP[self.kind]
+        low, high = warp(self.low), warp(self.high)
+        return (warp(min(max(value, self.low), self.high)) - low) / (high - low)
 
     def __call__(self, value: float) -> float:
         """The place of a value on the page."""
@@ -37,9 +45,11 @@ class Scale(NamedTuple):
 
     def ticks(self, count: int) -> tuple[float, ...]:
         """About `count` round numbers within the scale."""
-        return (
-            log_ticks(self.low, self.high, count) if self.log else ticks(self.low, self.high, count)
-        )
+        if self.kind == "log":
+            return log_ticks(self.low, self.high, count)
+        if self.kind == "symlog":
+            return symlog_ticks(self.low, self.high, count)
+        return ticks(self.low, self.high, count)
 
 
 def ticks(low: float, high: float, count: int) -> tuple[float, ...]:
@@ -52,7 +62,9 @@ def ticks(low: float, high: float, count: int) -> tuple[float, ...]:
         return (low,)
     raw = (high - low) / max(count, 1)
     power = 10.0 ** math.floor(math.log10(raw))
-    step = power * next(m for m in (1, 2, 5, 10) if raw / power <= m * 1.0001)
+    step = power * next(
+        m for m, most in ((1, 1.4), (2, 3), (5, 7), (10, 11)) if raw / power <= most
+    )
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return tuple(float(f"{n * step:.12g}") for n in range(first, last + 1))
 
@@ -71,13 +83,28 @@ def log_ticks(low: float, high: float, count: int) -> tuple[float, ...]:
     return inside if len(inside) >= 2 else ticks(low, high, count)
 
 
-def tick_labels(values: Sequence[float], *, log: bool) -> list[str]:
+def symlog_ticks(low: float, high: float, count: int) -> tuple[float, ...]:
+    """Zero and powers of ten on both sides of it.
+
+    >>> symlog_ticks(-30, 1000, 6)
+    (-10.0, 0.0, 10.0, 100.0, 1000.0)
+    """
+    size = max(abs(low), abs(high), 10.0)
+    top = math.floor(math.log10(size) + 1e-9)
+    stride = max(1, math.ceil(top / max(count, 1)))
+    powers = [10.0**power for power in range(top, 0, -stride)]
+    found = [*(-power for power in powers), 0.0, *reversed(powers)]
+    inside = tuple(tick for tick in found if low <= tick <= high)
+    return inside if len(inside) >= 2 else ticks(low, high, count)
+
+
+def tick_labels(values: Sequence[float], kind: Kind = "linear") -> list[str]:
     """Labels with as many decimals as the steps between ticks need, thousands separated.
 
-    >>> tick_labels((0.0, 0.5, 1.0), log=False), tick_labels((1.0, 1000.0), log=True)
+    >>> tick_labels((0.0, 0.5, 1.0)), tick_labels((1.0, 1000.0), "log")
     (['0.0', '0.5', '1.0'], ['1', '1,000'])
     """
-    if log or len(values) < 2 or max(map(abs, values)) >= 1e7:
+    if kind != "linear" or len(values) < 2 or max(map(abs, values)) >= 1e7:
         return [number(value) for value in values]
     step = min(b - a for a, b in pairwise(values))
     if step < 1e-5:
@@ -124,24 +151,40 @@ def finite(points: Iterable[Point]) -> list[float]:
     return [y for _, y in points if math.isfinite(y)]
 
 
-def needs_log(values: Sequence[float], span: float = 40) -> bool:
-    """Whether positive values span so much that a linear axis would hide the small."""
-    return bool(values) and min(values) > 0 and max(values) / min(values) > span
+def kind_of(values: Sequence[float], span: float = 40) -> Kind:
+    """The kind of axis that hides nothing: linear unless the values span too much.
+
+    Positive values are wide where the greatest is `span` times the least; others where the
+    greatest size is a quarter of `span` times the middle one.
+
+    >>> kind_of([1, 2, 3]), kind_of([0.01, 5.0]), kind_of([-3, 4, 5, 900])
+    ('linear', 'log', 'symlog')
+    """
+    if not values:
+        return "linear"
+    if min(values) > 0:
+        return "log" if max(values) / min(values) > span else "linear"
+    sizes = sorted(map(abs, values))
+    wide = sizes[-1] > 10 and sizes[-1] > span / 4 * sizes[len(sizes) // 2]
+    return "symlog" if wide else "linear"
 
 
 def with_gaps(points: Sequence[Point]) -> list[Point]:
     """Put a NaN wherever the line must not be drawn: nothing was measured in between.
 
-    A signal has its own rhythm: a gap is a distance of more than 1.5 times the distance that three
-    quarters of its measurements keep.
+    A signal may have more than one rhythm (now and then, or at every step while there is an
+    alarm). A rhythm is a distance that three measurements in a row keep; a gap is a distance of
+    more than 1.5 times the slowest rhythm.
 
     >>> with_gaps([(0, 1.0), (1, 1.0), (2, 1.0), (3, 1.0), (9, 1.0)])[-2:]
     [(6.0, nan), (9, 1.0)]
     """
-    distances = sorted(b[0] - a[0] for a, b in pairwise(points))
+    distances = [b[0] - a[0] for a, b in pairwise(points)]
     if not distances:
         return list(points)
-    limit = 1.5 * distances[(3 * (len(distances) - 1)) // 4]
+    kept = max(1, min(3, len(distances) // 2))
+    runs = (distances[i : i + kept] for i in range(len(distances) - kept + 1))
+    limit = 1.5 * max(min(run) for run in runs)
     out = [points[0]]
     for before, after in pairwise(points):
         if after[0] - before[0] > limit:

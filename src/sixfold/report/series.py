@@ -63,6 +63,11 @@ def about(entry: Row) -> str:
     return str(own or "")
 
 
+def words(entry: Row) -> str:
+    """What an entry says, without its level, which is said beside it."""
+    return str(entry.get("text") or "").removeprefix(f"{entry.get('level')}: ")
+
+
 def describe(entry: Row) -> str:
     """A journal entry on one line; what its text already says is not said twice.
 
@@ -70,7 +75,7 @@ def describe(entry: Row) -> str:
     ...           "layer": 2, "head": 3, "text": "max_logit of layer 2 head 3 is 131 nats"})
     'step 1,200 critical alarm: max_logit of layer 2 head 3 is 131 nats'
     """
-    text = str(entry.get("text") or "")
+    text = words(entry)
     what, place = str(entry.get("name") or entry.get("signal") or ""), where(entry)
     parts = [entry.get("level"), entry["kind"], what if what not in text else "",
              place if place.replace(" · ", " ") not in text else ""]  # fmt: skip
@@ -109,12 +114,12 @@ def radius_of(run: Run) -> int | None:
     return int(radius) if radius is not None else None
 
 
-def head_lines(run: Run, signal: str, layer: int) -> list[Line]:
-    """A line per head of one layer. Heads with an entry in the journal have a colour."""
+def head_lines(run: Run, signal: str, layer: int, named_heads: int) -> list[Line]:
+    """A line per head of one layer. The heads the journal speaks of most have a colour."""
     rows = measured(run, signal)
     count = max((len(r.signals[signal][layer]) for r in rows if layer < len(r.signals[signal])),
                 default=0)  # fmt: skip
-    named = _spoken_of(run, signal, layer)[: len(LOOKS)]
+    named = _spoken_of(run, signal, layer)[:named_heads]
     lines = []
     for head in range(count):
         points = [(row.step, _value(row.signals[signal], layer, head)) for row in rows]
@@ -126,13 +131,13 @@ def head_lines(run: Run, signal: str, layer: int) -> list[Line]:
 
 
 def layer_lines(run: Run, signal: str) -> list[Line]:
-    """The worst (largest) head of every layer; beyond eight layers only the highest are named."""
+    """The worst (largest) head of every layer; beyond five layers only four are named."""
     rows = measured(run, signal)
     depth = max((len(row.signals[signal]) for row in rows), default=0)
     peaks = [_worst(rows, signal, layer) for layer in range(depth)]
     height = [max((y for _, y in points if math.isfinite(y)), default=0.0) for points in peaks]
     order = sorted(range(depth), key=lambda layer: -height[layer])
-    named = sorted(order[:4] if depth > len(LOOKS) else order)
+    named = sorted(order[:4] if depth > 5 else order)
     lines = [
         Line(f"layer {layer}", peaks[layer],
              LOOKS[named.index(layer)] if layer in named else "faint",

@@ -13,11 +13,12 @@ from html import escape
 from typing import Literal, NamedTuple
 
 from sixfold.report.scale import (
+    Kind,
     Point,
     Scale,
     decimate,
     finite,
-    needs_log,
+    kind_of,
     number,
     tick_labels,
     with_gaps,
@@ -73,12 +74,20 @@ class Axes:
     unit: str
     width: int = 528
     height: int = 230
-    scale: Literal["auto", "linear", "log"] = "auto"
+    scale: Literal["auto"] | Kind = "auto"
     steps: tuple[float, ...] = ()
     values: tuple[float, ...] = ()
     limits: tuple[float, ...] = ()
     points: int = 600
     rest: str = ""
+
+
+class Key(NamedTuple):
+    """One entry of a legend."""
+
+    look: str
+    sign: str
+    label: str
 
 
 class Frame(NamedTuple):
@@ -92,12 +101,12 @@ class Frame(NamedTuple):
 
 def line_chart(lines: Sequence[Line], marks: Sequence[Mark], axes: Axes) -> str:
     """One chart. Raises ValueError where a logarithmic axis is asked for values of 0 or less."""
-    frame = _frame(lines, axes)
+    frame = _frame(lines, marks, axes)
     parts = [
         _heading(lines, marks, axes),
         _grid(frame, axes),
         *_marks(marks, frame),
-        *(_limit(limit, frame) for limit in axes.limits),
+        *_limits(axes.limits, frame),
         *(_line(line, frame, axes.points) for line in lines),
     ]
     if not any(finite(line.points) for line in lines):
@@ -146,31 +155,33 @@ def style(colours: Mapping[str, str]) -> str:
 # ---------------------------------------------------------------- frame
 
 
-def _frame(lines: Sequence[Line], axes: Axes) -> Frame:
+def _frame(lines: Sequence[Line], marks: Sequence[Mark], axes: Axes) -> Frame:
     steps = [x for line in lines for x, _ in line.points] + list(axes.steps)
     values = [y for line in lines for y in finite(line.points)] + [*axes.values, *axes.limits]
-    log = axes.scale == "log" or (axes.scale == "auto" and needs_log(values))
-    if log and values and min(values) <= 0:
+    kind = kind_of(values) if axes.scale == "auto" else axes.scale
+    if kind == "log" and values and min(values) <= 0:
         raise ValueError(f"{axes.title}: a logarithmic axis has no place for {min(values):g}")
-    low, high = _padded(min(values, default=0.0), max(values, default=1.0), log=log)
-    top, bottom = (44.0 if axes.rest or len(_named(lines)) > 1 else 28.0), axes.height - 22.0
-    y = Scale(low, high, bottom, top, log)
-    y_ticks = y.ticks(max(2, int((bottom - top) / 30)))
-    labels = tick_labels(y_ticks, log=log)
+    low, high = _padded(min(values, default=0.0), max(values, default=1.0), kind)
+    top, bottom = 28.0 + 16 * len(_legend(lines, marks, axes)), axes.height - 22.0
+    y = Scale(low, high, bottom, top, kind)
+    y_ticks = y.ticks(max(2, int((bottom - top) / 34)))
+    labels = tick_labels(y_ticks, kind)
     left = 12 + 6.8 * max(6, *(len(label) for label in labels))
     first, last = min(steps, default=0.0), max(steps, default=1.0)
     x = Scale(first, last if last > first else first + 1, left, axes.width - 12.0)
     return Frame(x, y, y_ticks, labels)
 
 
-def _padded(low: float, high: float, *, log: bool) -> tuple[float, float]:
+def _padded(low: float, high: float, kind: Kind) -> tuple[float, float]:
     """A range with a little air; a flat line gets a range of its own."""
-    if log:
+    if kind == "log":
         air = (high / low) ** 0.04 if high > low else 2.0
         return low / air, high * air
     if high <= low:
         air = abs(low) * 0.1 or 0.5
         return low - air, high + air
+    if kind == "symlog":
+        return (low if low == 0 else low - 0.15 * abs(low)), high + 0.15 * abs(high)
     air = 0.04 * (high - low)
     return (low if low == 0 else low - air), (high if high in (0, 1) else high + air)
 
@@ -178,24 +189,42 @@ def _padded(low: float, high: float, *, log: bool) -> tuple[float, float]:
 def _heading(lines: Sequence[Line], marks: Sequence[Mark], axes: Axes) -> str:
     unit = f'<tspan class="muted" dx="8">{escape(axes.unit)}</tspan>' if axes.unit else ""
     title = f'<text class="title" x="2" y="14">{escape(axes.title)}{unit}</text>'
+    rows = (
+        "".join(
+            f'<tspan class="key {key.look}" dx="{10 if i else 0}">{key.sign}</tspan>'
+            f'<tspan dx="4">{escape(key.label)}</tspan>'
+            for i, key in enumerate(row)
+        )
+        for row in _legend(lines, marks, axes)
+    )
+    return title + "".join(
+        f'<text x="2" y="{33 + 16 * i}">{row}</text>' for i, row in enumerate(rows)
+    )
+
+
+def _legend(lines: Sequence[Line], marks: Sequence[Mark], axes: Axes) -> list[list[Key]]:
+    """Keys in rows that fit the width; none for a single line without companions."""
     named = _named(lines)
-    rest = [Line(axes.rest, (), "faint", "thin")] if axes.rest and len(named) < len(lines) else []
-    keys = [
-        f'<tspan class="key {line.look}" dx="{10 if i else 0}">'
-        f'{"●" if line.form == "dots" else "━"}</tspan><tspan dx="4">{escape(line.label)}</tspan>'
-        for i, line in enumerate([*named, *rest])
-        if axes.rest or len(named) > 1
-    ]
+    if len(named) < 2 and not axes.rest:
+        return []
+    keys = [Key(line.look, "●" if line.form == "dots" else "━", line.label) for line in named]
+    if axes.rest and len(named) < len(lines):
+        keys.append(Key("faint", "━", axes.rest))
     change = next((mark.look for mark in marks if mark.kind in ("change", "held")), None)
-    if keys and change is not None and not axes.rest:
-        keys.append(f'<tspan class="key {change}" dx="10">▲</tspan><tspan dx="4">change</tspan>')
-    if (
-        keys
-        and not axes.rest
-        and any(mark.kind in ("notice", "warning", "critical") for mark in marks)
-    ):
-        keys.append('<tspan class="key critical" dx="10">|</tspan><tspan dx="4">alarm</tspan>')
-    return title + (f'<text x="2" y="33">{"".join(keys)}</text>' if keys else "")
+    if change is not None and not axes.rest:
+        keys.append(Key(change, "▲", "change"))
+    if not axes.rest and any(mark.kind in ("notice", "warning", "critical") for mark in marks):
+        keys.append(Key("critical", "|", "alarm"))
+    rows: list[list[Key]] = [[]]
+    used = 0.0
+    for key in keys:
+        width = 26 + 6.2 * len(key.label)
+        if rows[-1] and used + width > axes.width:
+            rows.append([])
+            used = 0.0
+        rows[-1].append(key)
+        used += width
+    return rows
 
 
 def _named(lines: Sequence[Line]) -> list[Line]:
@@ -213,7 +242,7 @@ def _grid(frame: Frame, axes: Axes) -> str:
         parts.append(_text(x.start - 7, at + 4, label, "muted", "end"))
     parts.append(f'<path class="axis" d="M{x.start:.1f} {y.start}H{x.end:.1f}"/>')
     steps = x.ticks(max(3, int((x.end - x.start) / 64)))
-    for value, label in zip(steps, tick_labels(steps, log=False), strict=True):
+    for value, label in zip(steps, tick_labels(steps), strict=True):
         at = x(value)
         parts.append(f'<path class="axis" d="M{at:.1f} {y.start}v4"/>')
         anchor = "end" if at > axes.width - 10 - 3.2 * len(label) else "middle"
@@ -222,12 +251,18 @@ def _grid(frame: Frame, axes: Axes) -> str:
     return "".join(parts)
 
 
-def _limit(limit: float, frame: Frame) -> str:
-    at = frame.y(limit)
-    label = _text(frame.x.end, at - 4, f"limit {number(limit)}", "muted", "end")
-    return (
-        f'<path class="limit critical" d="M{frame.x.start:.1f} {at:.1f}H{frame.x.end:.1f}"/>{label}'
-    )
+def _limits(limits: Sequence[float], frame: Frame) -> list[str]:
+    """Dashed lines, the highest first; a label only where it has room."""
+    parts, above = [], -math.inf
+    for limit in sorted(limits, reverse=True):
+        at = frame.y(limit)
+        parts.append(
+            f'<path class="limit critical" d="M{frame.x.start:.1f} {at:.1f}H{frame.x.end:.1f}"/>'
+        )
+        if at - above > 14:
+            parts.append(_text(frame.x.end, at - 4, f"limit {number(limit)}", "muted", "end"))
+            above = at
+    return parts
 
 
 # ---------------------------------------------------------------- lines and marks

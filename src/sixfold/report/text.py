@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 
 from sixfold.report.headline import Headline, headline, metric, outcomes, verdict
 from sixfold.report.read import Run
-from sixfold.report.scale import Point, duration, finite, needs_log, number
+from sixfold.report.scale import WARP, Point, duration, finite, kind_of, number
 from sixfold.report.series import MAPPED, alarms, describe, measured
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -43,7 +44,7 @@ def sparkline(points: Sequence[Point], width: int = 40) -> str:
     if not known:
         return "×" * min(len(points), width)
     low, high = min(known), max(known)
-    place = math.log if needs_log(known) else float
+    place = WARP[kind_of(known)]
     span = (place(high) - place(low)) or 1.0
     out = []
     for column in range(min(width, len(points))):
@@ -63,7 +64,9 @@ def _losses(run: Run, facts: Headline) -> list[str]:
             lines.append(_row(f"{split} loss", "not measured"))
             continue
         text = f"{number(point[1])} {unit} at step {number(int(point[0]))}".replace("  ", " ")
-        lines += [_row(f"{split} loss", text), _row("", sparkline(curve))]
+        lines.append(_row(f"{split} loss", text))
+        if len(curve) > 2:
+            lines.append(_row("", sparkline(curve)))
     if facts.best_validation is not None:
         step, loss = facts.best_validation
         lines.append(_row("best validation", f"{number(loss)} at step {number(int(step))}"))
@@ -92,7 +95,7 @@ def _governed(run: Run, facts: Headline) -> list[str]:
     judged = outcomes(run)
     changes = [entry for entry in run.journal if entry["kind"] == "change"]
     for entry in changes[-4:]:
-        lines.append(_row("", f"{describe(entry)} ({verdict(judged.get(entry.get('id')))})"))
+        lines.append(_row("", f"{verdict(judged.get(entry.get('id')))}: {describe(entry)}"))
     return lines
 
 
@@ -109,11 +112,11 @@ def _heads(run: Run) -> list[str]:
         ]
         if values:
             value, layer, head = choose(values)
-            unit = run.unit(signal)
+            unit = run.signal_unit(signal)
             text = f"{number(value)} {unit}".strip() + f", {word}: layer {layer} head {head}"
             lines.append(_row(signal.replace("_", " "), f"{text}, step {rows[-1].step:,}"))
     return lines
 
 
 def _row(label: str, text: str) -> str:
-    return f"  {label:<16} {text}"
+    return f"  {label:<16} {textwrap.shorten(text, 120, placeholder=' …')}"

@@ -12,7 +12,7 @@ class NoMixing(nn.Module):
 
     grid = None
 
-    def mix_outputs(self, heads: Tensor) -> Tensor:
+    def mix_outputs(self, heads: Tensor, impl: str) -> Tensor:  # noqa: ARG002
         """Heads as they are."""
         return heads
 

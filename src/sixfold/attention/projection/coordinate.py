@@ -17,10 +17,10 @@ from sixfold.geometry.hexgrid import HexGrid
 HIDDEN = 64
 
 
-def places(grid: HexGrid, groups: int, **factory: object) -> Tensor:
+def places(grid: HexGrid, groups: int) -> Tensor:
     """Coordinates (q, r) over the radius, averaged over each group of heads: (groups, 2)."""
-    cells = torch.tensor([tuple(map(float, cell)) for cell in grid.coordinates])
-    return (cells.unflatten(0, (groups, -1)).mean(1) / max(grid.radius, 1)).to(**factory)
+    cells = torch.tensor(grid.coordinates, dtype=torch.float64, device="cpu")
+    return cells.unflatten(0, (groups, -1)).mean(1) / max(grid.radius, 1)
 
 
 class CoordinateProjection(nn.Module):
@@ -36,7 +36,7 @@ class CoordinateProjection(nn.Module):
             nn.Linear(2, HIDDEN, **factory), nn.GELU(), nn.Linear(HIDDEN, 3 * heads.head_dim, **factory)
         )  # fmt: skip
         for name, count in zip("qkv", counts, strict=True):
-            self.register_buffer(f"place_{name}", places(self.grid, count, **factory), persistent=False)
+            self.register_buffer(f"place_{name}", places(self.grid, count).to(self.pattern))
             self.register_buffer(f"gain_{name}", torch.ones(count, 1, 1, **factory))
         nn.init.normal_(self.base.weight, std=heads.d_model**-0.5)
         nn.init.normal_(self.pattern, std=heads.d_model**-0.5)

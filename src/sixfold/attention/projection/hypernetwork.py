@@ -41,6 +41,7 @@ def summaries(tokens: Tensor, visibility: Visibility, n: int) -> Tensor:
         )
     seen = mask if mask.dtype == torch.bool else ~mask.isneginf()
     seen = (seen[:, 0] if seen.ndim == 4 else seen).to(tokens.dtype)
+    seen = seen.expand(*seen.shape[:-1], tokens.shape[1])
     return (seen @ tokens) / seen.sum(-1, keepdim=True).clamp(min=1)
 
 
@@ -57,7 +58,7 @@ class Writer(nn.Module):
         self.reader = nn.Sequential(
             nn.Linear(heads.d_model, HIDDEN, **factory), nn.Tanh(), nn.Linear(HIDDEN, BASIS - 1, **factory)
         )  # fmt: skip
-        self.register_buffer("place", places(grid, count, **factory), persistent=False)
+        self.register_buffer("place", places(grid, count).to(self.bank.weight))
         self.register_buffer("gain", torch.ones(count, 1, **factory))
         nn.init.normal_(self.bank.weight, std=heads.d_model**-0.5)
 

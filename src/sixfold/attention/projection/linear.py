@@ -74,6 +74,6 @@ class LinearProjection(nn.Module):
             rows["k"][group] *= key
 
 
-def build(heads: Heads, **options: object) -> LinearProjection:
+def build(heads: Heads, *, bias: bool = False, **factory: object) -> LinearProjection:
     """The projection of `heads`; option ``bias``."""
-    return LinearProjection(heads, **options)
+    return LinearProjection(heads, bias=bias, **factory)

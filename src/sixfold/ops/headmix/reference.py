@@ -28,3 +28,11 @@ def headmix(heads: Tensor, weight_self: Tensor, weight_neighbour: Tensor, graph:
                 total = total + graph[i, j] * (heads[:, :, j] @ weight_neighbour)
         mixed.append(torch.relu(total))
     return torch.stack(mixed, dim=2)
+
+
+def mix(
+    heads: Tensor, weight_self: Tensor, weight_neighbour: Tensor, graph: Tensor, gate: Tensor
+) -> Tensor:
+    """Gated sum H + gate_i * M_i of heads and their mixture; gate (h,)."""
+    mixed = headmix(heads, weight_self, weight_neighbour, graph)
+    return heads + gate[:, None] * mixed

@@ -1,0 +1,391 @@
+"""The module against independent implementations, and what it refuses."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from sixfold import HexagonalMultiHeadAttention, MultiHeadAttention
+from sixfold.attention.cache import KeyValueCache
+from sixfold.attention.rotary import rotate
+
+CLOSE = {"rtol": 0, "atol": 1e-12}
+
+
+def plain(layer, x, context):
+    """Cross-attention by einsum, from the weights the layer says it has."""
+    weights = layer.materialize()
+    groups = layer.heads.num_heads // layer.heads.num_kv_heads
+    query = torch.einsum("bnm,hdm->bhnd", x, weights["q"])
+    key, value = (
+        torch.einsum("bnm,hdm->bhnd", context, weights[role]).repeat_interleave(groups, 1)
+        for role in "kv"
+    )
+    scores = torch.einsum("bhnd,bhmd->bhnm", query, key) / math.sqrt(layer.heads.head_dim)
+    heads = torch.einsum("bhnm,bhmd->bnhd", scores.softmax(-1), value)
+    return heads.flatten(2) @ layer.output.weight.T
+
+
+@pytest.mark.parametrize("projection", ["linear", "coordinate"])
+@pytest.mark.parametrize("kv_heads", [7, 1])
+def test_cross_attention_is_the_formula(make, tokens, projection, kv_heads):
+    layer = make({"projection": projection}, num_kv_heads=kv_heads)
+    x, context = tokens(2, 5), tokens(2, 8, seed=1)
+    torch.testing.assert_close(layer(x, context), plain(layer, x, context), **CLOSE)
+    torch.testing.assert_close(layer(x), plain(layer, x, x), **CLOSE)
+
+
+def test_it_is_multihead_attention_of_pytorch(make, tokens):
+    layer = make({}, d_model=24, num_heads=6)
+    peer = nn.MultiheadAttention(24, 6, bias=False, batch_first=True, dtype=torch.float64)
+    with torch.no_grad():
+        peer.in_proj_weight.copy_(layer.projection.qkv.weight)
+        peer.out_proj.weight.copy_(layer.output.weight)
+    x, real = tokens(3, 9), torch.ones(3, 9, dtype=torch.bool)
+    real[1, 5:] = False
+    lower = torch.ones(9, 9, dtype=torch.bool).tril()
+    cases = (
+        ({}, {}),
+        ({"key_mask": real}, {"key_padding_mask": ~real}),
+        ({"is_causal": True}, {"attn_mask": ~lower}),
+        (
+            {"key_mask": real, "attn_mask": lower},
+            {"attn_mask": ~lower, "key_padding_mask": ~real},
+        ),
+    )
+    for ours, theirs in cases:
+        point, twin = x.clone().requires_grad_(), x.clone().requires_grad_()
+        out, weights = layer(point, **ours, need_weights=True)
+        expected, shown = peer(twin, twin, twin, **theirs, average_attn_weights=False)
+        torch.testing.assert_close(out, expected, **CLOSE)
+        torch.testing.assert_close(weights, shown, **CLOSE)
+        mine = (point, layer.projection.qkv.weight, layer.output.weight)
+        its = (twin, peer.in_proj_weight, peer.out_proj.weight)
+        for one, other in zip(
+            torch.autograd.grad(out.square().sum(), mine),
+            torch.autograd.grad(expected.square().sum(), its),
+            strict=True,
+        ):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-11)
+
+
+def test_biases_of_the_projection(make, tokens):
+    layer = make({"projection": {"name": "linear", "bias": True}}, d_model=24, num_heads=6)
+    peer = nn.MultiheadAttention(24, 6, batch_first=True, dtype=torch.float64)
+    with torch.no_grad():
+        peer.in_proj_weight.copy_(layer.projection.qkv.weight)
+        peer.in_proj_bias.copy_(layer.projection.qkv.bias)
+        peer.out_proj.weight.copy_(layer.output.weight)
+        peer.out_proj.bias.zero_()
+    x, context = tokens(2, 5), tokens(2, 8, seed=1)
+    torch.testing.assert_close(layer(x, context), peer(x, context, context)[0], **CLOSE)
+
+
+def test_grouped_queries_are_repeated_keys(make, tokens):
+    grouped = make({}, num_heads=6, num_kv_heads=2)
+    whole = make({}, num_heads=6)
+    queries, keys, values = grouped.projection.qkv.weight.split([24, 8, 8])
+    repeated = [t.unflatten(0, (2, 4)).repeat_interleave(3, 0).flatten(0, 1) for t in (keys, values)]
+    with torch.no_grad():
+        whole.projection.qkv.weight.copy_(torch.cat([queries, *repeated]))
+        whole.output.weight.copy_(grouped.output.weight)
+    x = tokens(2, 9)
+    for kwargs in ({}, {"is_causal": True}):
+        one, two = (layer(x, need_weights=True, **kwargs) for layer in (grouped, whole))
+        for found, expected in zip(one, two, strict=True):
+            torch.testing.assert_close(found, expected, **CLOSE)
+
+
+def test_cosine_is_the_cosine_and_its_temperature_is_bounded(make, tokens):
+    layer = make({"score": "cosine"})
+    x = tokens(2, 5)
+    query, key, _ = layer.projection(x, x, None, None)
+    cosine = torch.cosine_similarity(query[..., :, None, :], key[..., None, :, :], dim=-1)
+    with torch.no_grad():
+        layer.score.log_temperature[3] = 50.0
+    temperature = layer.score.log_temperature.exp().clamp(max=100)
+    expected = (temperature[:, None, None] * cosine).softmax(-1)
+    torch.testing.assert_close(layer(x, need_weights=True)[1], expected, **CLOSE)
+    with torch.no_grad():
+        layer.projection.qkv.weight.mul_(7.0)
+    torch.testing.assert_close(layer(x, need_weights=True)[1], expected, **CLOSE)
+
+
+def test_a_window_sees_its_width(make, tokens):
+    layer = make({"reach": {"name": "window", "width": 3}})
+    _, weights = layer(tokens(1, 8), need_weights=True)
+    place = torch.arange(8)
+    near = (place[:, None] - place).abs() < 3
+    assert torch.equal(weights[0, 0] > 0, near)
+    _, weights = layer(tokens(1, 8), is_causal=True, need_weights=True)
+    assert torch.equal(weights[0, 0] > 0, near.tril())
+    wide = make({"reach": {"name": "window", "width": 8}})
+    full = make({})
+    torch.testing.assert_close(wide(tokens(1, 8)), full(tokens(1, 8)), **CLOSE)
+
+
+# ---------------------------------------------------------------- rotary
+
+
+def test_rotation_is_multiplication_by_a_complex_phase(tokens):
+    x, theta, offset = tokens(2, 6, 8)[:, None], 100.0, 5
+    turned = torch.complex(x[..., :4], x[..., 4:])
+    for position in range(6):
+        for pair in range(4):
+            angle = (offset + position) * theta ** (-pair / 4)
+            turned[:, :, position, pair] *= complex(math.cos(angle), math.sin(angle))
+    expected = torch.cat([turned.real, turned.imag], dim=-1)
+    torch.testing.assert_close(rotate(x, offset, theta), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("score", ["dot", "cosine"])
+def test_with_rope_only_relative_position_matters(make, tokens, score):
+    layer = make({"score": score}, rope_theta=100.0)
+    x = tokens(1, 6)
+    shifted = torch.cat([tokens(1, 4, seed=1), x], dim=1)
+    real = torch.tensor([[False] * 4 + [True] * 6])
+    for is_causal in (False, True):
+        alone = layer(x, is_causal=is_causal)
+        later = layer(shifted, key_mask=real, is_causal=is_causal)[:, 4:]
+        torch.testing.assert_close(later, alone, **CLOSE)
+    unordered = make({"score": score})
+    assert (layer(x) - unordered(x)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("projection", ["linear", "coordinate", "hypernetwork"])
+def test_rope_counts_the_cached_tokens(make, tokens, projection):
+    layer = make({"projection": projection}, rope_theta=100.0)
+    x, cache = tokens(2, 9), KeyValueCache()
+    parts = [layer(part, is_causal=True, cache=cache) for part in x.split([4, 1, 4], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), layer(x, is_causal=True), **CLOSE)
+
+
+# ---------------------------------------------------------------- dropout
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_dropout_is_unbiased_and_only_in_training(make, tokens, impl):
+    layer = make({}, dropout=0.4, impl=impl)
+    still = make({}, impl=impl)
+    x = tokens(1, 6)
+    layer.eval()
+    assert torch.equal(layer(x), still(x))
+    layer.train()
+    torch.manual_seed(0)
+    draws = layer(x.expand(4000, -1, -1)).detach()
+    assert draws.std(0).min() > 0
+    # five standard errors of the mean
+    assert ((draws.mean(0) - still(x)[0]).abs() < 5 * draws.std(0) / 4000**0.5).all()
+
+
+def test_weights_are_before_dropout(make, tokens):
+    layer, still = make({}, dropout=0.4), make({})
+    x = tokens(1, 6)
+    assert torch.equal(layer(x, need_weights=True)[1], still(x, need_weights=True)[1])
+
+
+# ---------------------------------------------------------------- the cache
+
+
+def test_a_cache_gives_back_what_was_put_in(tokens):
+    cache, pieces = KeyValueCache(), tokens(2, 50).split([3, 1, 1, 30, 15], dim=1)
+    for count, piece in enumerate(pieces, 1):
+        held = cache.append("key", piece)
+        assert torch.equal(held, torch.cat(pieces[:count], 1))
+    assert cache.length == 50
+    for length in (-1, 51):
+        with pytest.raises(ValueError, match=f"cannot crop a cache of 50 tokens to {length}"):
+            cache.crop(length)
+    cache.crop(4)
+    again = cache.append("key", pieces[-1])
+    assert torch.equal(again, torch.cat([torch.cat(pieces, 1)[:, :4], pieces[-1]], 1))
+
+
+# ---------------------------------------------------------------- the seed's class
+
+
+def test_the_seeds_call(tokens):
+    torch.manual_seed(0)
+    layer = HexagonalMultiHeadAttention(d_model=512, grid_radius=2)
+    out = layer(torch.randn(4, 128, 512))
+    assert out.shape == (4, 128, 512)
+    assert layer.heads == (512, 19, 64, 19)
+    assert layer.grid.radius == 2
+    assert 0.01 < out.std() < 2
+
+
+def test_the_seeds_class_is_a_composition(make, tokens):
+    torch.manual_seed(0)
+    named = HexagonalMultiHeadAttention(24, grid_radius=1, d_head=4, dtype=torch.float64)
+    torch.manual_seed(0)
+    composed = MultiHeadAttention(
+        24, 7, 4, projection="coordinate", mixer="hexagonal", dtype=torch.float64
+    )
+    assert torch.equal(named(tokens(2, 5)), composed(tokens(2, 5)))
+    written = HexagonalMultiHeadAttention(24, grid_radius=1, d_head=4, use_hypernet=True)
+    assert type(written.projection).__name__ == "HypernetworkProjection"
+    swapped = HexagonalMultiHeadAttention(24, 1, 4, mixer="ring")
+    assert swapped.mixer.adjacency.sum() == 14
+
+
+def test_the_spectral_flag_is_refused_by_name():
+    with pytest.raises(NotImplementedError, match=r"use_spectral=True.*none, ring, random, dense"):
+        HexagonalMultiHeadAttention(64, use_spectral=True)
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"projection": "linera"}, "unknown projection 'linera'.*Did you mean 'linear'"),
+        ({"score": "cosin"}, "unknown score 'cosin'.*Did you mean 'cosine'"),
+        ({"reach": "windows"}, "unknown reach 'windows'.*Did you mean 'window'"),
+        ({"mixer": "hexagon"}, "unknown mixer 'hexagon'.*Did you mean 'hexagonal'"),
+        ({"mixer": {"tied": True}}, "unknown mixer None"),
+        ({"reach": "window"}, "reach 'window'.*width"),
+        ({"reach": {"name": "window", "width": 0}}, "width must be 1 or more, got 0"),
+        ({"score": {"name": "dot", "power": 2}}, "score 'dot'.*power"),
+        ({"mixer": {"name": "hexagonal", "free": True}}, "mixer 'hexagonal'.*free"),
+        ({"impl": "tiled"}, "unknown impl 'tiled'; choose from: auto, fused, reference"),
+        ({"d_model": 0}, "d_model must be 1 or more, got 0"),
+        ({"num_heads": 0}, "num_heads must be 1 or more, got 0"),
+        ({"head_dim": 0}, "head_dim must be 1 or more, got 0"),
+        ({"head_dim": -4}, "head_dim must be 1 or more, got -4"),
+        ({"num_heads": 7, "head_dim": None}, "d_model 24 is not a multiple of num_heads 7"),
+        ({"num_kv_heads": 4}, "num_kv_heads 4 does not divide num_heads 6"),
+        ({"num_kv_heads": 0}, "num_kv_heads 0 does not divide num_heads 6"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"dropout": -0.1}, r"dropout must be in \[0, 1\), got -0.1"),
+        ({"head_dim": 3, "rope_theta": 10.0}, "head_dim must be even, got 3"),
+        ({"projection": "coordinate"}, "'coordinate'.*no hexagonal grid has 6 heads.*7"),
+        ({"projection": "hypernetwork"}, "'hypernetwork'.*no hexagonal grid has 6 heads.*7"),
+        ({"mixer": "hexagonal"}, "'hexagonal'.*no hexagonal grid has 6 heads.*7"),
+        ({"mixer": "random"}, "'random'.*no hexagonal grid has 6 heads.*7"),
+    ],
+)
+def test_what_cannot_be_built_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        MultiHeadAttention(**({"d_model": 24, "num_heads": 6, "head_dim": 4} | options))
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (9,), (2, 4, 5), (3, 5, 5), (2, 3, 5, 5), (1, 1, 1, 5, 5)])
+def test_wrong_mask_shapes_are_refused(make, tokens, shape):
+    layer = make({})
+    with pytest.raises(ValueError, match=r"attn_mask must be .* \(2, 7, 5, 5\)"):
+        layer(tokens(2, 5), attn_mask=torch.ones(shape, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 4), (1, 5), (2, 5, 5)])
+def test_wrong_key_mask_shapes_are_refused(make, tokens, shape):
+    with pytest.raises(ValueError, match=r"key_mask must be .* \(2, 5\)"):
+        make({})(tokens(2, 5), key_mask=torch.ones(shape, dtype=torch.bool))
+
+
+def test_wrong_mask_types_are_refused(make, tokens):
+    layer, x = make({}), tokens(2, 5)
+    with pytest.raises(ValueError, match="boolean .* or float, got torch.int64"):
+        layer(x, attn_mask=torch.ones(5, 5, dtype=torch.int64))
+    with pytest.raises(ValueError, match="key_mask must be boolean"):
+        layer(x, key_mask=torch.ones(2, 5))
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (1, 5), (5, 1), (2, 5, 5), (1, 1, 5), (2, 7, 5, 5), (1, 7, 1, 5)])
+@pytest.mark.parametrize("projection", ["linear", "hypernetwork"])
+@pytest.mark.parametrize("is_float", [False, True])
+def test_masks_broadcast(make, tokens, shape, projection, is_float):
+    layer, x = make({"projection": projection}), tokens(2, 5)
+    generator = torch.Generator().manual_seed(3)
+    mask = torch.rand(shape, generator=generator) < 0.7
+    whole = mask[:, None] if mask.ndim == 3 else mask
+    whole = whole.expand(2, 7, 5, 5)
+    if projection == "hypernetwork":
+        if shape[1:2] == (7,):
+            with pytest.raises(ValueError, match="hypernetwork.*attn_mask that differs between heads"):
+                layer(x, attn_mask=mask)
+            return
+        whole = whole[:, :1]
+    if is_float:
+        mask, whole = (torch.zeros(m.shape).masked_fill(~m, float("-inf")) for m in (mask, whole))
+    torch.testing.assert_close(layer(x, attn_mask=mask), layer(x, attn_mask=whole), **CLOSE)
+
+
+def test_a_context_has_no_cache_and_no_rope(make, tokens):
+    x, context = tokens(2, 3), tokens(2, 4, seed=1)
+    with pytest.raises(ValueError, match=r"a cache .* cannot serve a context"):
+        make({})(x, context, cache=KeyValueCache())
+    with pytest.raises(ValueError, match=r"rope .* cannot serve a context"):
+        make({}, rope_theta=10.0)(x, context)
+
+
+def test_a_hypernetwork_refuses_masks_it_cannot_serve(make, tokens):
+    layer = make({"projection": "hypernetwork"})
+    x, context = tokens(2, 3), tokens(2, 4, seed=1)
+    with pytest.raises(ValueError, match="'hypernetwork'.*attn_mask that differs between heads"):
+        layer(x, attn_mask=torch.ones(2, 7, 3, 3, dtype=torch.bool))
+    for kwargs in ({"is_causal": True}, {"attn_mask": torch.ones(3, 4, dtype=torch.bool)}):
+        with pytest.raises(ValueError, match="'hypernetwork' cannot serve cross-attention"):
+            layer(x, context, **kwargs)
+    row = torch.tensor([[True, True, False, True]])
+    same = layer(x, context, key_mask=row.expand(2, 4))
+    torch.testing.assert_close(layer(x, context, attn_mask=row), same, **CLOSE)
+
+
+@pytest.mark.parametrize("head", [-1, 7])
+def test_a_head_that_is_not_there_cannot_be_scaled(make, head):
+    with pytest.raises(ValueError, match=rf"head must be in \[0, 7\), got {head}"):
+        make({}).scale_head_(head, 1)
+
+
+# ---------------------------------------------------------------- compilers
+
+
+COMPILED = (
+    {},
+    {"projection": "coordinate", "mixer": "hexagonal"},
+    {"projection": "hypernetwork", "score": "cosine", "reach": {"name": "window", "width": 3}},
+)
+
+
+@pytest.mark.parametrize("options", COMPILED, ids=["plain", "hexagonal", "hypernetwork"])
+def test_it_compiles_as_one_graph(make, tokens, options):
+    layer = make(options)
+    compiled = torch.compile(copy.deepcopy(layer), backend="aot_eager", fullgraph=True)
+    x = tokens(2, 7).requires_grad_()
+    found, expected = (one(x, is_causal=True) for one in (compiled, layer))
+    torch.testing.assert_close(found, expected, **CLOSE)
+    one, two = (torch.autograd.grad(out.square().sum(), x)[0] for out in (found, expected))
+    torch.testing.assert_close(one, two, rtol=0, atol=1e-11)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", COMPILED, ids=["plain", "hexagonal", "hypernetwork"])
+def test_it_compiles_with_any_length(make, tokens, options):
+    layer = make(options)
+    compiled = torch.compile(
+        copy.deepcopy(layer), backend="aot_eager", fullgraph=True, dynamic=True
+    )
+    for n in (7, 12, 33):
+        x = tokens(2, n)
+        torch.testing.assert_close(compiled(x, is_causal=True), layer(x, is_causal=True), **CLOSE)
+
+
+@pytest.mark.parametrize("options", COMPILED[:2], ids=["plain", "hexagonal"])
+def test_it_exports(make, tokens, options):
+    layer, x = make(options).eval(), tokens(2, 7)
+    exported = torch.export.export(layer, (x,), {"is_causal": True}).module()
+    torch.testing.assert_close(exported(x, is_causal=True), layer(x, is_causal=True), **CLOSE)
+
+
+@torch.no_grad()
+def test_default_device_and_dtype_are_followed():
+    kept = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        layer = HexagonalMultiHeadAttention(24, 1, 4)
+        assert layer(torch.randn(1, 3, 24)).dtype == torch.float64
+    finally:
+        torch.set_default_dtype(kept)
