@@ -20,7 +20,8 @@ except ModuleNotFoundError as error:
 app = App(
     name="sixfold",
     version=__version__,
-    help="Structured attention for PyTorch, and a governor that watches, explains and repairs a run.",
+    help="Structured attention for PyTorch, and a governor that watches and repairs a run.",
+    result_action="return_value",
 )
 console = Console(soft_wrap=True, highlight=False)
 

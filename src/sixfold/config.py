@@ -12,7 +12,7 @@ import json
 import tomllib
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -114,22 +114,38 @@ def build(kind: type[T], values: Mapping[str, Any], source: str, prefix: str = "
 
 
 def check_call(
-    function: Callable[..., Any], values: Mapping[str, Any], source: str, prefix: str
+    function: Callable[..., Any],
+    values: Mapping[str, Any],
+    source: str,
+    prefix: str,
+    given: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Options for `function`, checked against its signature.
 
-    Raises ConfigError as `build` does.
+    Args:
+        function: what will be called; its annotations are the allowed types.
+        values: what was configured.
+        source: file or command line, for messages.
+        prefix: name of the section, for messages.
+        given: arguments that come from elsewhere and may not be configured.
+
+    Raises:
+        ConfigError: as `build` does, and for a required option that is missing.
     """
     target = function.__init__ if inspect.isclass(function) else function
     hints = typing.get_type_hints(target)
-    allowed = [
-        name
+    parameters = {
+        name: parameter
         for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is not parameter.VAR_KEYWORD
-    ]
+        if parameter.kind is not parameter.VAR_KEYWORD and name not in given
+    }
     for key in values:
-        if key not in allowed:
-            raise ConfigError(f"{source}: {unknown(f'key of {prefix}', key, allowed)}")
+        if key not in parameters:
+            raise ConfigError(f"{source}: {unknown(f'key of {prefix}', key, parameters)}")
+    for name, parameter in parameters.items():
+        if parameter.default is parameter.empty and name not in values:
+            hint = describe(hints.get(name, Any))
+            raise ConfigError(f"{source}: {prefix}.{name} is missing; it must be {hint}")
     return {
         key: checked(value, hints.get(key, Any), source, f"{prefix}.{key}")
         for key, value in values.items()

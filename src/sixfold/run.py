@@ -174,11 +174,12 @@ def build(settings: RunConfig) -> Built:
         make = load("sixfold.models", kind)
     except ValueError as error:
         raise ConfigError(f"model.kind: {error}") from error
-    attention = config.check_call(
-        MultiHeadAttention, settings.attention, "configuration", "attention"
-    )
     sizes = sizes_of(dataset, kind)
-    options = config.check_call(make, options, "configuration", "model")
+    source, taken = "configuration", {*sizes, "attention"}
+    attention = config.check_call(
+        MultiHeadAttention, settings.attention, source, "attention", {"d_model"}
+    )
+    options = config.check_call(make, options, source, "model", taken)
     torch.manual_seed(settings.train.seed)
     try:
         return Built(make(**sizes, **options, attention=attention), dataset)
@@ -395,7 +396,7 @@ def replay(folder: Path, limits: str | None = None, overrides: Sequence[str] = (
     for assignment in overrides:
         changed = config.override(changed, assignment)
     if limits is not None:
-        settings = GovernorSettings(limits=limits)
+        settings = config.build(GovernorSettings, {"limits": limits}, "--limits")
     elif not changed:
         return decide_again(rows(telemetry), rows(journal))
     settings = config.build(

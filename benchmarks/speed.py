@@ -1,0 +1,163 @@
+"""Time of what Sixfold adds, as ratios to what a user would write instead. Run: make bench.
+
+Rows go to results/speed.csv: the hexagonal layer beside the plain layer with the same heads, the
+training loop beside a bare PyTorch loop, governed and not, and the import of sixfold beside torch.
+Every ratio is the median over interleaved pairs in one process; its spread is half the distance
+between the quartiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from sixfold import MultiHeadAttention, config, record, run
+from sixfold.record import Provenance, Result, publish
+from sixfold.train.loop import View
+
+RESULTS = Path(__file__).parents[1] / "results" / "speed.csv"
+LAYERS = ((12, 64, 128, 7, 16), (12, 64, 128, 19, 8), (4, 128, 512, 19, 64), (8, 256, 256, 7, 64), (4, 512, 512, 7, 72))
+
+
+def interleaved(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call, taken in turn; the first two rounds only warm up."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds + 2):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            call()
+            if number >= 2:
+                times[name].append(time.perf_counter() - began)
+    return times
+
+
+def ratio(times: list[float], base: list[float]) -> tuple[float, float]:
+    """Median and half interquartile range of pairwise ratios."""
+    low, middle, high = statistics.quantiles([a / b for a, b in zip(times, base, strict=True)], n=4)
+    return middle, (high - low) / 2
+
+
+def layer_rows(rounds: int) -> list[Result]:
+    """Forward and backward of one layer, hexagonal over plain."""
+    rows = []
+    for batch, length, d_model, num_heads, head_dim in LAYERS:
+        x = torch.randn(batch, length, d_model, requires_grad=True)
+
+        def call(layer: MultiHeadAttention, x: torch.Tensor = x) -> None:
+            layer(x, is_causal=True).sum().backward()
+
+        sizes = {"d_model": d_model, "num_heads": num_heads, "head_dim": head_dim}
+        layers = {
+            "plain": MultiHeadAttention(**sizes),
+            "hexagonal mixer": MultiHeadAttention(**sizes, mixer="hexagonal"),
+            "coordinate projection": MultiHeadAttention(**sizes, projection="coordinate"),
+            "hexagonal layer": MultiHeadAttention(**sizes, projection="coordinate", mixer="hexagonal"),
+        }
+        times = interleaved({name: lambda l=layer: call(l) for name, layer in layers.items()}, rounds)
+        case = f"b{batch} n{length} d{d_model} h{num_heads}x{head_dim}"
+        plain = statistics.median(times["plain"]) * 1e3
+        rows.append(Result("layer forward+backward", case, "plain", plain, "ms", 0.0, 1))
+        for name in list(layers)[1:]:
+            value, spread = ratio(times[name], times["plain"])
+            rows.append(Result("layer forward+backward", case, f"{name} / plain", value, "1", spread, 1))
+    return rows
+
+
+def bare(settings: run.RunConfig, steps: int) -> float:
+    """Seconds per step of the loop a user would write: same model, data and optimizer."""
+    built = run.build(settings)
+    model, rates = built.model, settings.optimizer
+    decay = [p for p in model.parameters() if p.ndim >= 2]
+    free = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": decay, "weight_decay": rates.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=rates.learning_rate, betas=(rates.beta1, rates.beta2))
+    times = []
+    for step in range(steps):
+        began = time.perf_counter()
+        inputs, targets = built.dataset.train_batch(0, step, settings.train.batch_size)
+        for group in optimizer.param_groups:
+            group["lr"] = rates.rate(step, settings.train.steps)
+        loss = cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+        times.append(time.perf_counter() - began)
+    return statistics.fmean(times[5:])
+
+
+def ours(settings: run.RunConfig, steps: int) -> float:
+    """Seconds per step of `run.train`, from the first step to the last, logs and display included."""
+    moments: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        run.train(settings, folder, View(step=lambda now: moments.append(time.perf_counter())))
+    moments = moments[5:steps]
+    return (moments[-1] - moments[0]) / (len(moments) - 1)
+
+
+def loop_rows(rounds: int, steps: int) -> list[Result]:
+    """Tokens per second of the loop over the bare loop's."""
+    quiet = (f"train.steps={steps + 1}", "train.validate_every=100000", "train.checkpoint_every=100000", "train.device=cpu")
+    governed = run.configure(["demo"], None, quiet)
+    alone = run.configure(["demo"], None, (*quiet, "governor.mode=off"))
+    times: dict[str, list[float]] = {"bare": [], "ungoverned": [], "governed": []}
+    for _ in range(rounds):
+        times["bare"].append(bare(alone, steps))
+        times["ungoverned"].append(ours(alone, steps))
+        times["governed"].append(ours(governed, steps))
+        times["bare"].append(bare(alone, steps))
+        times["governed"].append(ours(governed, steps))
+        times["ungoverned"].append(ours(alone, steps))
+    rows = [Result("training loop", "demo", "bare", 1e3 * statistics.median(times["bare"]), "ms/step", 0.0, 1)]
+    for name in ("ungoverned", "governed"):
+        value, spread = ratio(times["bare"], times[name])
+        rows.append(Result("training loop", "demo", f"tokens/s {name} / bare", value, "1", spread, 1))
+    return rows
+
+
+def import_rows(rounds: int) -> list[Result]:
+    """Seconds that importing sixfold's main names adds to importing torch."""
+    names = "from sixfold import HexagonalMultiHeadAttention, LeadMetaArchitect, LanguageModel"
+
+    def call(code: str) -> Callable[[], object]:
+        return lambda: subprocess.run([sys.executable, "-c", code], check=True)
+
+    times = interleaved({"torch": call("import torch"), "sixfold": call(f"import torch; {names}")}, rounds)
+    added = [a - b for a, b in zip(times["sixfold"], times["torch"], strict=True)]
+    low, middle, high = statistics.quantiles(added, n=4)
+    return [Result("import", "main names", "over torch", middle, "s", (high - low) / 2, 1)]
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--only", choices=("layer", "loop", "import"))
+    arguments.add_argument("--smoke", action="store_true", help="seconds; publishes nothing")
+    given = arguments.parse_args()
+    torch.manual_seed(0)
+    rounds, steps = (2, 12) if given.smoke else (20, 200)
+    rows: list[Result] = []
+    if given.only in (None, "import"):
+        rows += import_rows(rounds)
+    if given.only in (None, "layer"):
+        rows += layer_rows(rounds)
+    if given.only in (None, "loop"):
+        rows += loop_rows(2 if given.smoke else 4, steps)
+    for row in rows:
+        print(f"{row.experiment:<24} {row.case:<26} {row.metric:<34} {row.value:8.3f} {row.unit:<8} ± {row.spread:.3f}")
+    if not given.smoke:
+        settings = record.config_hash(config.plain(run.configure(["demo"])))
+        publish(RESULTS, rows, Provenance(0, record.device_name(), record.commit(), settings))
+
+
+if __name__ == "__main__":
+    main()
