@@ -15,6 +15,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,10 +40,11 @@ from sixfold.models.language import LanguageModel
 from sixfold.report.html import write_report
 from sixfold.train import checkpoint
 from sixfold.train.distributed import World, world
-from sixfold.train.loop import Outcome, Training, TrainSettings, View, fit
+from sixfold.train.loop import Outcome, Progress, Training, TrainSettings, View, fit
 from sixfold.train.objective import UNITS
 from sixfold.train.optimizer import OptimizerSettings, build_optimizer
 
+UNSEEN = View()
 PRESETS = Path(__file__).parent / "presets"
 
 
@@ -73,6 +75,19 @@ class GovernorSettings:
 
 
 @dataclass(frozen=True)
+class TrackSettings:
+    """Other places the metrics go: TensorBoard events, an MLflow tracking URI."""
+
+    tensorboard: bool = False
+    mlflow: str | None = None
+
+    def names(self) -> list[str]:
+        """The trackers that are wanted, by their file in ``sixfold.integrations``."""
+        wanted = {"tensorboard": self.tensorboard, "mlflow": self.mlflow is not None}
+        return [name for name, on in wanted.items() if on]
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Everything a run is made from.
 
@@ -87,6 +102,7 @@ class RunConfig:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     governor: GovernorSettings = field(default_factory=GovernorSettings)
+    track: TrackSettings = field(default_factory=TrackSettings)
 
 
 class Built(NamedTuple):
@@ -222,7 +238,7 @@ def new_folder(runs: Path, name: str) -> Path:
 
 def train(
     settings: RunConfig, runs: Path | str = "runs", view: View = View()
-) -> tuple[Path, Outcome]:  # noqa: B008
+) -> tuple[Path, Outcome]:
     """Start a run and train it to the end.
 
     Returns:
@@ -243,7 +259,7 @@ def train(
         return folder, go(settings, built, folder, here, view, None)
 
 
-def resume(folder: Path | str, view: View = View()) -> Outcome:  # noqa: B008
+def resume(folder: Path | str, view: View = UNSEEN) -> Outcome:
     """Continue a run from its newest checkpoint, or from its start if it has none."""
     folder = Path(folder)
     settings = read_config(folder)
@@ -270,17 +286,51 @@ def go(
             every=settings.governor.every, folder=folder if here.leads else None,
             positions={} if saved is None else saved.state["logs"],
         )  # fmt: skip
+    start = 0 if saved is None else saved.step
+    stack = ExitStack()
+    trackers = [
+        stack.enter_context(tracking(name, folder, settings, start))
+        for name in settings.track.names()
+        if here.leads
+    ]
+
+    def shown(now: Progress) -> None:
+        for call in (view.step, *trackers):
+            call(now)
+
     training = Training(
         model, optimizer, built.dataset, settings.train, settings.optimizer, folder,
         header_of(settings, built.dataset, folder, here),
         observers=() if governor is None else (governor,),
-        logs=() if governor is None else governor.logs, world=here, view=view,
+        logs=() if governor is None else governor.logs, world=here, view=View(shown, view.say),
     )  # fmt: skip
-    try:
-        return fit(training, saved)
-    finally:
-        if governor is not None:
-            governor.detach()
+    began = time.monotonic()
+    with stack:
+        try:
+            return fit(training, saved)
+        finally:
+            if governor is not None:
+                governor.detach()
+            if here.leads:
+                note_time(folder, time.monotonic() - began)
+
+
+def note_time(folder: Path, seconds: float) -> None:
+    """Add the wall-clock time of this attempt to the environment of the run."""
+    path = folder / "environment.json"
+    facts = json.loads(path.read_text())
+    record.write_json(path, facts | {"wall_s": round(facts.get("wall_s", 0.0) + seconds, 3)})
+
+
+def tracking(
+    name: str, folder: Path, settings: RunConfig, start: int
+) -> AbstractContextManager[Callable[[Progress], None]]:
+    """A tracker by name."""
+    module = importlib.import_module(f"sixfold.integrations.{name}")
+    tracker: AbstractContextManager[Callable[[Progress], None]] = module.tracking(
+        folder, config.plain(settings), start
+    )
+    return tracker
 
 
 def shared_folder(here: World, make: Callable[[], Path]) -> Path:

@@ -247,3 +247,24 @@ def test_the_old_command_line(runs, capsys, monkeypatch):
     assert call("--mode", "train", "--checkpoint", str(folder)) == 0
     assert call("--mode", "train", "--checkpoint", "model_checkpoint.pt") == 1
     assert "would have to be unpickled" in capsys.readouterr().err
+
+
+def test_tensorboard_receives_every_step(runs):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert sixfold("train", *SMALL, "track.tensorboard=true") == 0
+    folder = next(runs.iterdir())
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    shown = {event.step: event.value for event in events.Scalars("train/loss")}
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()[1:]]
+    logged = {row["step"]: row["loss"] for row in rows if row["split"] == "train"}
+    assert shown == pytest.approx(logged, rel=1e-6)
+
+
+def test_a_missing_tracker_names_its_extra(runs, capsys, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    assert sixfold("train", *SMALL, "track.mlflow=sqlite:///mlflow.db") == 1
+    assert "pip install 'sixfold[mlflow]'" in capsys.readouterr().err

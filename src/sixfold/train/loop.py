@@ -55,13 +55,25 @@ class TrainSettings:
 
 
 class Progress(NamedTuple):
-    """What a display can show after a step."""
+    """What a display or a tracker can show after a step; `validation` only where one was made."""
 
     step: int
     steps: int
     loss: float
-    validation: float | None
+    learning_rate: float
+    gradient_norm: float
     tokens_per_s: float
+    validation: float | None
+
+    def metrics(self) -> dict[str, float]:
+        """Figures by name."""
+        found = {
+            "train/loss": self.loss,
+            "train/learning_rate": self.learning_rate,
+            "train/gradient_norm": self.gradient_norm,
+            "train/tokens_per_s": self.tokens_per_s,
+        }
+        return found if self.validation is None else {**found, "validation/loss": self.validation}
 
 
 class View(NamedTuple):
@@ -198,46 +210,58 @@ def fit(run: Training, saved: checkpoint.Saved | None = None) -> Outcome:
 
 
 def _fit(run: Training, start: int, metrics: Log | None, asked: Callable[[], bool]) -> Outcome:
-    settings, plan = run.settings, step_settings(run)
+    settings = run.settings
     model = run.world.wrap(run.model)
-    validation, patience_left = None, True
+    validation = None
     for step in range(start, settings.steps):
-        began = time.perf_counter()
-        batch = run.dataset.train_batch(settings.seed, step, settings.batch_size)
-        rate = run.rates.rate(step, settings.steps)
-        set_rate(run.optimizer, rate)
-        measured = train_step(model, run.optimizer, batch, plan, lambda: penalties(run), run.world)
-        for observer in run.observers:
-            for text in observer.process_step(measured.loss).text:
-                run.view.say(f"step {step + 1}: {text}")
-        speed = batch.targets.numel() / (time.perf_counter() - began)
-        done = step + 1
-        if metrics is not None:
-            metrics.append({
-                "step": done, "split": "train", "loss": measured.loss, "learning_rate": rate,
-                "gradient_norm": measured.gradient_norm, "tokens_per_s": speed,
-            })  # fmt: skip
-        if not math.isfinite(measured.loss):
-            raise Diverged(
-                f"the loss is {measured.loss} at step {done}; lower optimizer.learning_rate, turn the "
-                "governor on, or look for bad data; earlier checkpoints are intact",
-                run.folder,
-            )
-        last = done == settings.steps
-        if last or done % settings.validate_every == 0:
+        now = advance(run, model, step, metrics)
+        last, patient = now.step == settings.steps, True
+        if last or now.step % settings.validate_every == 0:
             validation = validate(run)
-            patience_left = judge(run, done, validation, metrics)
-        run.view.step(
-            Progress(done, settings.steps, measured.loss, validation and validation.loss, speed)
-        )
+            patient = judge(run, now.step, validation, metrics)
+            now = now._replace(validation=validation.loss)
+        run.view.step(now)
         stop = asked()
-        if last or stop or not patience_left or done % settings.checkpoint_every == 0:
-            save(run, done, metrics)
+        if last or stop or not patient or now.step % settings.checkpoint_every == 0:
+            save(run, now.step, metrics)
         if stop and not last:
-            raise Interrupted(done, run.folder)
-        if not patience_left:
-            return Outcome(done, validation, run.best, stopped_early=True)
+            raise Interrupted(now.step, run.folder)
+        if not patient:
+            return Outcome(now.step, validation, run.best, stopped_early=True)
     return Outcome(settings.steps, validation or validate(run), run.best, stopped_early=False)
+
+
+def advance(run: Training, model: nn.Module, step: int, metrics: Log | None) -> Progress:
+    """Make one step, let the observers see it, and log it.
+
+    Raises Diverged when the loss is not finite.
+    """
+    settings, began = run.settings, time.perf_counter()
+    batch = run.dataset.train_batch(settings.seed, step, settings.batch_size)
+    rate = run.rates.rate(step, settings.steps)
+    set_rate(run.optimizer, rate)
+    measured = train_step(
+        model, run.optimizer, batch, step_settings(run), lambda: penalties(run), run.world
+    )
+    for observer in run.observers:
+        for text in observer.process_step(measured.loss).text:
+            run.view.say(f"step {step + 1}: {text}")
+    speed = batch.targets.numel() / (time.perf_counter() - began)
+    now = Progress(
+        step + 1, settings.steps, measured.loss, rate, measured.gradient_norm, speed, None
+    )
+    if metrics is not None:
+        metrics.append({
+            "step": now.step, "split": "train", "loss": now.loss, "learning_rate": rate,
+            "gradient_norm": now.gradient_norm, "tokens_per_s": speed,
+        })  # fmt: skip
+    if not math.isfinite(now.loss):
+        raise Diverged(
+            f"the loss is {now.loss} at step {now.step}; lower optimizer.learning_rate, turn the "
+            "governor on, or look for bad data; earlier checkpoints are intact",
+            run.folder,
+        )
+    return now
 
 
 def penalties(run: Training) -> torch.Tensor | None:

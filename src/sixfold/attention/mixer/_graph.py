@@ -37,31 +37,32 @@ class GraphMixer(nn.Module):
         self.grid, width = grid, heads.head_dim
         if ties is None:
             nodes = torch.arange(heads.num_heads, device="cpu")
-            edges = (adjacency.flatten().cumsum(0).view_as(adjacency) - 1).long()
+            edges = adjacency.flatten().cumsum(0).view_as(adjacency).long() - 1
         else:
             nodes, edges = ties
+        self.tied = ties is not None
         num_nodes, num_edges = int(nodes.max()) + 1, int(edges.max()) + 1
         self.weight_self = nn.Parameter(torch.empty(width, width, **factory))
         self.weight_neighbour = nn.Parameter(torch.empty(width, width, **factory))
         self.self_gain = nn.Parameter(torch.full((num_nodes,), SELF_START, **factory))
         self.edge_gain = nn.Parameter(torch.full((num_edges,), EDGE_START, **factory))
         self.gate = nn.Parameter(torch.ones(num_nodes, **factory))
-        # saved with the weights: a layer made on the meta device gets its graph from the checkpoint
-        self.register_buffer("adjacency", adjacency.to(self.weight_self))
-        self.register_buffer("nodes", nodes.to(self.weight_self.device))
-        self.register_buffer("edges", edges.clamp(min=0).to(self.weight_self.device))
+        # where graph() finds each entry in [edge gains, self gains, 0]. Saved with the weights: a
+        # layer made on the meta device gets its graph from the checkpoint
+        entries = edges.masked_fill(adjacency == 0, num_edges + num_nodes)
+        entries += torch.diag(nodes - num_nodes)
+        self.register_buffer("entries", entries.to(self.gate.device))
+        self.register_buffer("nodes", nodes.to(self.gate.device))
         nn.init.normal_(self.weight_self, std=width**-0.5)
         nn.init.normal_(self.weight_neighbour, std=width**-0.5)
 
     def graph(self) -> Tensor:
-        """lambda_i on the diagonal, g_ij on the edges, (h, h)."""
-        own = torch.diag(self.self_gain[self.nodes])
-        if not len(self.edge_gain):
-            return own
-        return torch.addcmul(own, self.edge_gain[self.edges], self.adjacency)
+        """lambda_i on the diagonal, g_ij on the edges, 0 elsewhere, (h, h)."""
+        values = torch.cat([self.edge_gain, self.self_gain, self.self_gain.new_zeros(1)])
+        return values.index_select(0, self.entries.flatten()).view_as(self.entries)
 
     def mix_outputs(self, heads: Tensor, impl: str) -> Tensor:
         """Mix head outputs (b, n, h, d); only ``reference`` can be differentiated twice."""
         mix = reference.mix if impl == "reference" else fused.mix
-        gate = self.gate[self.nodes]
+        gate = self.gate.index_select(0, self.nodes) if self.tied else self.gate
         return mix(heads, self.weight_self, self.weight_neighbour, self.graph(), gate)

@@ -1,8 +1,8 @@
 """Projections that know where their head sits on the hexagonal grid.
 
-W_h = g_h (W_base_h + B * f(q_h, r_h)) for each of W_Q, W_K, W_V: W_base_h and the row pattern B are
-learned, f is a small network on the coordinate giving one number per row, g_h is 1 until a QK-clip
-lowers it. The sum is taken on the weights, so the layer runs as one fused matrix product.
+W_h = W_base_h + B * f(q_h, r_h) for each of W_Q, W_K, W_V: W_base_h and the row pattern B are learned,
+f is a small network on the coordinate giving one number per row. The sum is taken on the weights, so
+the layer runs as one fused matrix product. A QK-clip scales W_base_h, and f by a factor kept apart.
 """
 
 from __future__ import annotations
@@ -29,33 +29,48 @@ class CoordinateProjection(nn.Module):
     def __init__(self, heads: Heads, **factory: object) -> None:
         super().__init__()
         self.heads, self.grid = heads, HexGrid.of(heads.num_heads)
-        counts = (heads.num_heads, heads.num_kv_heads, heads.num_kv_heads)
-        self.base = nn.Linear(heads.d_model, sum(counts) * heads.head_dim, bias=False, **factory)
+        rows = heads.num_heads + 2 * heads.num_kv_heads
+        self.base = nn.Linear(heads.d_model, rows * heads.head_dim, bias=False, **factory)
         self.pattern = nn.Parameter(torch.empty(3, heads.head_dim, heads.d_model, **factory))
         self.network = nn.Sequential(
-            nn.Linear(2, HIDDEN, **factory), nn.GELU(), nn.Linear(HIDDEN, 3 * heads.head_dim, **factory)
-        )  # fmt: skip
-        for name, count in zip("qkv", counts, strict=True):
+            nn.Linear(2, HIDDEN, **factory),
+            nn.GELU(),
+            nn.Linear(HIDDEN, 3 * heads.head_dim, **factory),
+        )
+        self.register_buffer("gain", torch.ones(rows, 1, **factory))
+        for name, count in (("q", heads.num_heads), ("kv", heads.num_kv_heads)):
             self.register_buffer(f"place_{name}", places(self.grid, count).to(self.pattern))
-            self.register_buffer(f"gain_{name}", torch.ones(count, 1, 1, **factory))
         nn.init.normal_(self.base.weight, std=heads.d_model**-0.5)
         nn.init.normal_(self.pattern, std=heads.d_model**-0.5)
 
+    def shifted(self, place: Tensor, roles: slice, rows: slice) -> Tensor:
+        """W of some roles (of q, k, v), flat, whose heads sit at `place` and in `rows`."""
+        f = self.network(place).unflatten(-1, (3, -1))[:, roles].transpose(0, 1)
+        f = f * self.gain[rows].view(*f.shape[:2], 1)
+        whole = self.base.weight.view(-1, *self.pattern.shape[1:])[rows].view(*f.shape, -1)
+        return torch.addcmul(whole, f[..., None], self.pattern[roles, None]).flatten(0, 2)
+
+    def weight(self) -> Tensor:
+        """All of W, ((h + 2 h_kv) d, d_model)."""
+        count = self.heads.num_heads
+        if count == self.heads.num_kv_heads:
+            return self.shifted(self.place_q, slice(None), slice(None))
+        query = self.shifted(self.place_q, slice(1), slice(count))
+        return torch.cat([query, self.shifted(self.place_kv, slice(1, None), slice(count, None))])
+
     def materialize(self) -> dict[str, Tensor]:
-        """Plain weights by role: g_h (W_base_h + B * f(q_h, r_h))."""
-        weights = split_weight(self.base.weight, self.heads)
-        for role, (name, base) in enumerate(weights.items()):
-            shift = self.network(self.get_buffer(f"place_{name}")).chunk(3, dim=-1)[role]
-            whole = torch.addcmul(base, shift[..., None], self.pattern[role])
-            weights[name] = self.get_buffer(f"gain_{name}") * whole
-        return weights
+        """Plain weights by role: W_base_h + B * f(q_h, r_h)."""
+        return split_weight(self.weight(), self.heads)
 
     def forward(
-        self, x: Tensor, context: Tensor, visibility: Visibility, cache: Cache | None  # noqa: ARG002
+        self,
+        x: Tensor,
+        context: Tensor,
+        visibility: Visibility,  # noqa: ARG002
+        cache: Cache | None,  # noqa: ARG002
     ) -> Point:
         """Project x (b, n, d_model) and context (b, m, d_model)."""
-        weight = torch.cat(list(self.materialize().values())).flatten(0, 1)
-        return project(x, context, weight, None, self.heads)
+        return project(x, context, self.weight(), None, self.heads)
 
     def gradients(self) -> dict[str, Tensor] | None:
         """Gradients of the base weights by role."""
@@ -64,9 +79,12 @@ class CoordinateProjection(nn.Module):
 
     @torch.no_grad()
     def scale_head_(self, head: int, query: float, key: float) -> None:
-        """Lower the gain of one head's queries and of its group's keys."""
-        self.gain_q[head] *= query
-        self.gain_k[head * self.heads.num_kv_heads // self.heads.num_heads] *= key
+        """Multiply one head's W_q and its group's W_k."""
+        group = head * self.heads.num_kv_heads // self.heads.num_heads
+        base = self.base.weight.unflatten(0, (-1, self.heads.head_dim))
+        for row, factor in ((head, query), (self.heads.num_heads + group, key)):
+            base[row] *= factor
+            self.gain[row] *= factor
 
 
 def build(heads: Heads, **factory: object) -> CoordinateProjection:

@@ -23,31 +23,38 @@ def parser() -> argparse.ArgumentParser:
 def words(given: argparse.Namespace) -> list[str]:
     """The same request as words of ``sixfold``.
 
-    Raises ConfigError for a pickled checkpoint: unpickling runs whatever code the file holds.
+    Raises ConfigError for a pickled checkpoint (unpickling runs whatever code the file holds) and
+    for a demo with a configuration of its own.
     """
+    config = [] if given.config is None else [str(given.config)]
+    steps = [] if given.steps is None else [f"train.steps={given.steps}"]
     if given.checkpoint is not None:
         if given.checkpoint.suffix in (".pt", ".pth", ".bin"):
             raise ConfigError(
                 f"{given.checkpoint} would have to be unpickled, which runs the code in it; "
                 "give the folder of a Sixfold run"
             )
-        return ["train", "--resume", str(given.checkpoint)]
-    chosen = [given.mode] if given.mode == "demo" else ["train", "demo"]
-    if given.config is not None:
-        chosen.append(str(given.config))
-    if given.steps is not None:
-        chosen.append(f"train.steps={given.steps}")
-    return chosen
+        return ["train", "--resume", str(given.checkpoint), *config, *steps]
+    if given.mode == "demo":
+        if config:
+            raise ConfigError("the demo has its own configuration; use --config with --mode train")
+        return ["demo", *steps]
+    return ["train", "demo", *config, *steps]
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Translate and run."""
     from sixfold import cli
 
-    given = parser().parse_args(arguments)
+    given, runs = parser().parse_args(arguments), Path("runs")
+    before = set(runs.glob("*"))
     code = cli.guarded(lambda: cli.app(words(given), exit_on_error=True))
     if given.save_telemetry and code == 0:
-        cli.console.print(f"telemetry  {cli.find('last', Path('runs')) / 'telemetry.jsonl'}")
+        made = sorted(set(runs.glob("*")) - before)
+        folders = made if given.checkpoint is None else [cli.find(str(given.checkpoint), runs)]
+        for file in (folder / "telemetry.jsonl" for folder in folders):
+            if file.exists():
+                cli.console.print(f"telemetry  {file}")
     sys.exit(code)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from sixfold.config import build
 from sixfold.errors import ConfigError
+from sixfold.geometry.hexgrid import HexGrid
 
 HORIZON = 20
 
@@ -20,6 +21,9 @@ class HAMHAConfig:
     d_head: int = 64
     grid_radius: int = 2
     use_hypernet: bool = False
+
+    def __post_init__(self) -> None:
+        HexGrid(self.grid_radius)
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class SystemConfig:
         return {
             "model": {"kind": "language", "d_model": attention.d_model},
             "attention": {
-                "num_heads": 3 * attention.grid_radius * (attention.grid_radius + 1) + 1,
+                "num_heads": HexGrid(attention.grid_radius).num_heads,
                 "head_dim": attention.d_head,
                 "projection": "hypernetwork" if attention.use_hypernet else "coordinate",
                 "mixer": "hexagonal",

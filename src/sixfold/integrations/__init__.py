@@ -1,0 +1,1 @@
+"""Other people's tools, each an extra, imported when it is used."""
