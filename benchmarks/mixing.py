@@ -21,7 +21,12 @@ from sixfold.record import Provenance, Result, publish
 
 RESULTS = Path(__file__).parents[1] / "results" / "mixing.csv"
 MIXERS = ("none", "ring", "random", "dense", "hexagonal")
-OFF = ("governor.mode=off", "train.device=cpu", "train.validate_every=2000", "train.checkpoint_every=2000")
+OFF = (
+    "governor.mode=off",
+    "train.device=cpu",
+    "train.validate_every=2000",
+    "train.checkpoint_every=2000",
+)
 
 
 class Trained(NamedTuple):
@@ -46,7 +51,9 @@ def loss_of(case: str, overrides: tuple[str, ...], seed: int, runs: Path) -> Tra
     if done:
         folder = done[0]
     else:
-        settings = run.configure(["nanogpt"], None, (*OFF, *overrides, f"train.seed={seed}", f"name={name}"))
+        settings = run.configure(
+            ["nanogpt"], None, (*OFF, *overrides, f"train.seed={seed}", f"name={name}")
+        )
         folder, _ = run.train(settings, runs)
     rows = [row for row in run.rows(folder / "metrics.jsonl") if row.get("split") == "validation"]
     facts = json.loads((folder / "environment.json").read_text())
@@ -64,9 +71,23 @@ def main() -> None:
         losses = [trained.loss for trained in found]
         low, high = interval(losses)
         mean, half = statistics.fmean(losses), (high - low) / 2
-        print(f"{case:<22} {mean:.4f} ± {half:.4f}  {[round(v, 4) for v in losses]}  {found[0].parameters:,} parameters")
-        rows.append(Result("mixing", case, "validation loss", mean, "nats/char", half if math.isfinite(half) else 0.0, given.seeds))
-        rows.append(Result("mixing", case, "parameters", float(found[0].parameters), "1", 0.0, given.seeds))
+        print(
+            f"{case:<22} {mean:.4f} ± {half:.4f}  {[round(v, 4) for v in losses]}  {found[0].parameters:,} parameters"
+        )
+        rows.append(
+            Result(
+                "mixing",
+                case,
+                "validation loss",
+                mean,
+                "nats/char",
+                half if math.isfinite(half) else 0.0,
+                given.seeds,
+            )
+        )
+        rows.append(
+            Result("mixing", case, "parameters", float(found[0].parameters), "1", 0.0, given.seeds)
+        )
     settings = record.config_hash(config.plain(run.configure(["nanogpt"])))
     publish(RESULTS, rows, Provenance(0, record.device_name(), found[0].commit, settings))
 

@@ -25,7 +25,13 @@ from sixfold.record import Provenance, Result, publish
 from sixfold.train.loop import View
 
 RESULTS = Path(__file__).parents[1] / "results" / "speed.csv"
-LAYERS = ((12, 64, 128, 7, 16), (12, 64, 128, 19, 8), (4, 128, 512, 19, 64), (8, 256, 256, 7, 64), (4, 512, 512, 7, 72))
+LAYERS = (
+    (12, 64, 128, 7, 16),
+    (12, 64, 128, 19, 8),
+    (4, 128, 512, 19, 64),
+    (8, 256, 256, 7, 64),
+    (4, 512, 512, 7, 72),
+)
 
 
 def interleaved(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -60,15 +66,21 @@ def layer_rows(rounds: int) -> list[Result]:
             "plain": MultiHeadAttention(**sizes),
             "hexagonal mixer": MultiHeadAttention(**sizes, mixer="hexagonal"),
             "coordinate projection": MultiHeadAttention(**sizes, projection="coordinate"),
-            "hexagonal layer": MultiHeadAttention(**sizes, projection="coordinate", mixer="hexagonal"),
+            "hexagonal layer": MultiHeadAttention(
+                **sizes, projection="coordinate", mixer="hexagonal"
+            ),
         }
-        times = interleaved({name: lambda l=layer: call(l) for name, layer in layers.items()}, rounds)
+        times = interleaved(
+            {name: lambda layer=layer: call(layer) for name, layer in layers.items()}, rounds
+        )
         case = f"b{batch} n{length} d{d_model} h{num_heads}x{head_dim}"
         plain = statistics.median(times["plain"]) * 1e3
         rows.append(Result("layer forward+backward", case, "plain", plain, "ms", 0.0, 1))
         for name in list(layers)[1:]:
             value, spread = ratio(times[name], times["plain"])
-            rows.append(Result("layer forward+backward", case, f"{name} / plain", value, "1", spread, 1))
+            rows.append(
+                Result("layer forward+backward", case, f"{name} / plain", value, "1", spread, 1)
+            )
     return rows
 
 
@@ -78,7 +90,10 @@ def bare(settings: run.RunConfig, steps: int) -> float:
     model, rates = built.model, settings.optimizer
     decay = [p for p in model.parameters() if p.ndim >= 2]
     free = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": decay, "weight_decay": rates.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    groups = [
+        {"params": decay, "weight_decay": rates.weight_decay},
+        {"params": free, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=rates.learning_rate, betas=(rates.beta1, rates.beta2))
     times = []
     for step in range(steps):
@@ -107,7 +122,12 @@ def ours(settings: run.RunConfig, steps: int) -> float:
 
 def loop_rows(rounds: int, steps: int) -> list[Result]:
     """Tokens per second of the loop over the bare loop's."""
-    quiet = (f"train.steps={steps + 1}", "train.validate_every=100000", "train.checkpoint_every=100000", "train.device=cpu")
+    quiet = (
+        f"train.steps={steps + 1}",
+        "train.validate_every=100000",
+        "train.checkpoint_every=100000",
+        "train.device=cpu",
+    )
     governed = run.configure(["demo"], None, quiet)
     alone = run.configure(["demo"], None, (*quiet, "governor.mode=off"))
     times: dict[str, list[float]] = {"bare": [], "ungoverned": [], "governed": []}
@@ -118,10 +138,22 @@ def loop_rows(rounds: int, steps: int) -> list[Result]:
         times["bare"].append(bare(alone, steps))
         times["governed"].append(ours(governed, steps))
         times["ungoverned"].append(ours(alone, steps))
-    rows = [Result("training loop", "demo", "bare", 1e3 * statistics.median(times["bare"]), "ms/step", 0.0, 1)]
+    rows = [
+        Result(
+            "training loop",
+            "demo",
+            "bare",
+            1e3 * statistics.median(times["bare"]),
+            "ms/step",
+            0.0,
+            1,
+        )
+    ]
     for name in ("ungoverned", "governed"):
         value, spread = ratio(times["bare"], times[name])
-        rows.append(Result("training loop", "demo", f"tokens/s {name} / bare", value, "1", spread, 1))
+        rows.append(
+            Result("training loop", "demo", f"tokens/s {name} / bare", value, "1", spread, 1)
+        )
     return rows
 
 
@@ -132,7 +164,9 @@ def import_rows(rounds: int) -> list[Result]:
     def call(code: str) -> Callable[[], object]:
         return lambda: subprocess.run([sys.executable, "-c", code], check=True)
 
-    times = interleaved({"torch": call("import torch"), "sixfold": call(f"import torch; {names}")}, rounds)
+    times = interleaved(
+        {"torch": call("import torch"), "sixfold": call(f"import torch; {names}")}, rounds
+    )
     added = [a - b for a, b in zip(times["sixfold"], times["torch"], strict=True)]
     low, middle, high = statistics.quantiles(added, n=4)
     return [Result("import", "main names", "over torch", middle, "s", (high - low) / 2, 1)]
@@ -153,7 +187,9 @@ def main() -> None:
     if given.only in (None, "loop"):
         rows += loop_rows(2 if given.smoke else 4, steps)
     for row in rows:
-        print(f"{row.experiment:<24} {row.case:<26} {row.metric:<34} {row.value:8.3f} {row.unit:<8} ± {row.spread:.3f}")
+        print(
+            f"{row.experiment:<24} {row.case:<26} {row.metric:<34} {row.value:8.3f} {row.unit:<8} ± {row.spread:.3f}"
+        )
     if not given.smoke:
         settings = record.config_hash(config.plain(run.configure(["demo"])))
         publish(RESULTS, rows, Provenance(0, record.device_name(), record.commit(), settings))

@@ -204,8 +204,8 @@ def replay(
         console.print(f"{result.snapshots} samples: the same actions as in the run")
     else:
         console.print(
-            f"step {result.differs}: here it would have acted otherwise; what follows in the record "
-            "answers another action, so the replay ends"
+            f"step {result.differs}: here it would have acted otherwise; what follows in the "
+            "record answers another action, so the replay ends"
         )
 
 

@@ -88,7 +88,7 @@ class Projection(Protocol):
         """Plain weights ``q`` (h, d, d_model), ``k`` and ``v`` (h_kv, d, d_model)."""
 
     def gradients(self) -> dict[str, Tensor] | None:
-        """Gradients of each head's own matrices, shaped as `materialize`; None before a backward."""
+        """Gradients of each head's own matrices, as `materialize`; None where there are none."""
 
     def scale_head_(self, head: int, query: float, key: float) -> None:
         """Multiply one head's queries and (its group's) keys in place."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 
-class Explained(Exception):  # noqa: N818 - the base says what its kinds have in common
+class Explained(Exception):
     """An error that a command shows as one sentence, without a traceback."""
 
 

@@ -1,4 +1,4 @@
-"""The only writer of numbers: every figure leaves with its unit, seed, device, commit and config."""
+"""The only writer of numbers: each leaves with its unit, seed, device, commit and config."""
 
 from __future__ import annotations
 

@@ -177,7 +177,8 @@ def sizes_of(dataset: Dataset, kind: str) -> dict[str, int]:
         }
     raise ConfigError(
         f"model.kind {kind!r} cannot be trained on {type(dataset).__name__} data; "
-        "language goes with text, vision with images, classifier with labelled text, simulator with states"
+        "language goes with text, vision with images, classifier with labelled text, simulator "
+        "with states"
     )
 
 
@@ -237,7 +238,7 @@ def new_folder(runs: Path, name: str) -> Path:
 
 
 def train(
-    settings: RunConfig, runs: Path | str = "runs", view: View = View()
+    settings: RunConfig, runs: Path | str = "runs", view: View = UNSEEN
 ) -> tuple[Path, Outcome]:
     """Start a run and train it to the end.
 

@@ -24,13 +24,11 @@ def gradients(layer, x, **kwargs):
 
 @pytest.mark.parametrize("n", [1, 7, 33])
 def test_shape_is_kept(layer, tokens, n):
-    for batch in (1, 3):
-        x = tokens(batch, n)
-        for kwargs in ({}, {"is_causal": True}):
-            out = layer(x, **kwargs)
-            assert out.shape == x.shape
-            assert out.dtype == x.dtype
-            assert torch.isfinite(out).all()
+    x = tokens(3, n)
+    out = layer(x, is_causal=n == 7)
+    assert out.shape == x.shape
+    assert out.dtype == x.dtype
+    assert torch.isfinite(out).all()
 
 
 def test_every_parameter_gets_a_gradient(layer, tokens):
@@ -166,7 +164,7 @@ def test_the_reference_is_what_is_computed(layer, tokens):
         found, expected = (gradients(one, x, **kwargs) for one in (layer, slow))
         for name in expected:
             torch.testing.assert_close(
-                found[name], expected[name], rtol=1e-12, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}"
+                found[name], expected[name], rtol=1e-12, atol=1e-11, msg=lambda m, n=name: n + m
             )
 
 

@@ -133,7 +133,11 @@ def test_edge_orbits_are_those_of_brute_force(radius, orbits):
 
 def test_the_random_graph_has_the_grids_degrees_and_a_seed(make):
     def graph(seed):
-        return make({"mixer": {"name": "random", "graph_seed": seed}}, num_heads=19).mixer.graph().detach()
+        return (
+            make({"mixer": {"name": "random", "graph_seed": seed}}, num_heads=19)
+            .mixer.graph()
+            .detach()
+        )
 
     grid = HexGrid(2).adjacency().double()
     links = (graph(0) != 0).double() - torch.eye(19)
@@ -163,5 +167,7 @@ def test_the_smallest_graphs_work(make, tokens, num_heads):
         x = tokens(2, 5).requires_grad_()
         out = layer(x)
         heads = heads_of(tokens, num_heads)
-        torch.testing.assert_close(layer.mixer.mix_outputs(heads, "auto"), mixed(layer, heads), **CLOSE)
+        torch.testing.assert_close(
+            layer.mixer.mix_outputs(heads, "auto"), mixed(layer, heads), **CLOSE
+        )
         assert torch.isfinite(torch.autograd.grad(out.square().sum(), x)[0]).all()

@@ -87,7 +87,9 @@ def test_grouped_queries_are_repeated_keys(make, tokens):
     grouped = make({}, num_heads=6, num_kv_heads=2)
     whole = make({}, num_heads=6)
     queries, keys, values = grouped.projection.qkv.weight.split([24, 8, 8])
-    repeated = [t.unflatten(0, (2, 4)).repeat_interleave(3, 0).flatten(0, 1) for t in (keys, values)]
+    repeated = [
+        t.unflatten(0, (2, 4)).repeat_interleave(3, 0).flatten(0, 1) for t in (keys, values)
+    ]
     with torch.no_grad():
         whole.projection.qkv.weight.copy_(torch.cat([queries, *repeated]))
         whole.output.weight.copy_(grouped.output.weight)
@@ -272,7 +274,9 @@ def test_what_cannot_be_built_is_refused(options, message):
         MultiHeadAttention(**({"d_model": 24, "num_heads": 6, "head_dim": 4} | options))
 
 
-@pytest.mark.parametrize("shape", [(6, 5), (9,), (2, 4, 5), (3, 5, 5), (2, 3, 5, 5), (1, 1, 1, 5, 5)])
+@pytest.mark.parametrize(
+    "shape", [(6, 5), (9,), (2, 4, 5), (3, 5, 5), (2, 3, 5, 5), (1, 1, 1, 5, 5)]
+)
 def test_wrong_mask_shapes_are_refused(make, tokens, shape):
     layer = make({})
     with pytest.raises(ValueError, match=r"attn_mask must be .* \(2, 7, 5, 5\)"):
@@ -287,13 +291,15 @@ def test_wrong_key_mask_shapes_are_refused(make, tokens, shape):
 
 def test_wrong_mask_types_are_refused(make, tokens):
     layer, x = make({}), tokens(2, 5)
-    with pytest.raises(ValueError, match="boolean .* or float, got torch.int64"):
+    with pytest.raises(ValueError, match=r"boolean .* or float, got torch\.int64"):
         layer(x, attn_mask=torch.ones(5, 5, dtype=torch.int64))
     with pytest.raises(ValueError, match="key_mask must be boolean"):
         layer(x, key_mask=torch.ones(2, 5))
 
 
-@pytest.mark.parametrize("shape", [(5, 5), (1, 5), (5, 1), (2, 5, 5), (1, 1, 5), (2, 7, 5, 5), (1, 7, 1, 5)])
+@pytest.mark.parametrize(
+    "shape", [(5, 5), (1, 5), (5, 1), (2, 5, 5), (1, 1, 5), (2, 7, 5, 5), (1, 7, 1, 5)]
+)
 @pytest.mark.parametrize("projection", ["linear", "hypernetwork"])
 @pytest.mark.parametrize("is_float", [False, True])
 def test_masks_broadcast(make, tokens, shape, projection, is_float):
@@ -304,7 +310,9 @@ def test_masks_broadcast(make, tokens, shape, projection, is_float):
     whole = whole.expand(2, 7, 5, 5)
     if projection == "hypernetwork":
         if shape[1:2] == (7,):
-            with pytest.raises(ValueError, match="hypernetwork.*attn_mask that differs between heads"):
+            with pytest.raises(
+                ValueError, match=r"hypernetwork.*attn_mask that differs between heads"
+            ):
                 layer(x, attn_mask=mask)
             return
         whole = whole[:, :1]
@@ -324,7 +332,7 @@ def test_a_context_has_no_cache_and_no_rope(make, tokens):
 def test_a_hypernetwork_refuses_masks_it_cannot_serve(make, tokens):
     layer = make({"projection": "hypernetwork"})
     x, context = tokens(2, 3), tokens(2, 4, seed=1)
-    with pytest.raises(ValueError, match="'hypernetwork'.*attn_mask that differs between heads"):
+    with pytest.raises(ValueError, match=r"'hypernetwork'.*attn_mask that differs between heads"):
         layer(x, attn_mask=torch.ones(2, 7, 3, 3, dtype=torch.bool))
     for kwargs in ({"is_causal": True}, {"attn_mask": torch.ones(3, 4, dtype=torch.bool)}):
         with pytest.raises(ValueError, match="'hypernetwork' cannot serve cross-attention"):

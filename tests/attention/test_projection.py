@@ -31,7 +31,9 @@ def test_materialized_weights_reproduce_the_projection(make, tokens, name, kv_he
 def test_coordinate_weights_are_base_plus_pattern_times_f(make, kv_heads):
     layer = make({"projection": "coordinate"}, num_kv_heads=kv_heads)
     projection, grid = layer.projection, HexGrid(1)
-    base = dict(zip("qkv", projection.base.weight.split([28, 4 * kv_heads, 4 * kv_heads]), strict=True))
+    base = dict(
+        zip("qkv", projection.base.weight.split([28, 4 * kv_heads, 4 * kv_heads]), strict=True)
+    )
     for index, (role, weight) in enumerate(projection.materialize().items()):
         count = len(weight)
         for group in range(count):

@@ -36,9 +36,9 @@ def call(*words: str) -> int:
     return int(left.value.code or 0)
 
 
-def steps_of(folder: Path) -> int:
+def train_steps(folder: Path) -> list[int]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()[1:]]
-    return max(row["step"] for row in rows if row["split"] == "train")
+    return [row["step"] for row in rows if row["split"] == "train"]
 
 
 def told(output: str) -> set[Path]:
@@ -52,30 +52,37 @@ def test_demo_runs_its_steps_and_names_its_telemetry(capsys):
     said = capsys.readouterr().out
     governed = {next(Path("runs").glob(f"*-{name}")) for name in ("demo", "collapse-governed")}
     assert told(said) == {folder / "telemetry.jsonl" for folder in governed}
-    assert {steps_of(folder) for folder in Path("runs").iterdir()} == {2}
+    assert all(train_steps(folder) == [1, 2] for folder in Path("runs").iterdir())
 
 
 def test_train_follows_the_system_configuration_and_goes_on(capsys):
     assert call("--mode", "train", "--config", "config.json", "--steps", "3") == 0
     assert not told(capsys.readouterr().out)
     (folder,) = Path("runs").iterdir()
-    assert steps_of(folder) == 3
+    assert train_steps(folder) == [1, 2, 3]
     settings = run.read_config(folder)
     assert settings.governor.resolve().alarms.condition == 55.0
     assert settings.governor.resolve().actions.entropy_coefficient == 0.02
     assert (settings.model["d_model"], settings.attention["num_heads"]) == (28, 7)
     # a run that lies elsewhere goes on where it is
     elsewhere = folder.rename("elsewhere")
+    longer = json.loads((elsewhere / "config.json").read_text())
+    longer["train"]["steps"] = 5
+    (elsewhere / "config.json").write_text(json.dumps(longer))
     assert call("--mode", "train", "--checkpoint", "elsewhere", "--save-telemetry") == 0
     assert told(capsys.readouterr().out) == {elsewhere / "telemetry.jsonl"}
     assert not [*Path("runs").iterdir()]
+    assert train_steps(elsewhere) == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (("--mode", "train", "--checkpoint", "model_checkpoint.pt"), "would have to be unpickled"),
-        (("--checkpoint", "old", "--steps", "3"), "keeps the run's own configuration; drop train.steps=3"),
+        (
+            ("--checkpoint", "old", "--steps", "3"),
+            "keeps the run's own configuration; drop train.steps=3",
+        ),
         (("--mode", "demo", "--config", "config.json"), "use --config with --mode train"),
         (("--mode", "train", "--config", "missing.json"), "cannot read missing.json"),
     ],

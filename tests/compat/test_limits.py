@@ -43,7 +43,13 @@ def test_entropy_below_0_3_is_fixation(value, alarmed):
 
 @pytest.mark.parametrize(
     ("before", "now", "alarmed"),
-    [(0.95, 0.89, True), (0.89, 0.88, True), (0.85, 0.88, False), (0.88, 0.88, False), (0.99, 0.91, False)],
+    [
+        (0.95, 0.89, True),
+        (0.89, 0.88, True),
+        (0.85, 0.88, False),
+        (0.88, 0.88, False),
+        (0.99, 0.91, False),
+    ],
 )
 def test_entropy_below_0_9_and_falling_is_drift(before, now, alarmed):
     limits = replace(SEED, actions=replace(SEED.actions, budget=0))

@@ -3,7 +3,9 @@ from __future__ import annotations
 from sixfold.contracts import Snapshot
 
 
-def snapshot(step: int, logits: list[float], entropies: list[float] | None = None, **more) -> Snapshot:
+def snapshot(
+    step: int, logits: list[float], entropies: list[float] | None = None, **more
+) -> Snapshot:
     """One layer; the heads have these maximal logits and entropies."""
     entropies = [0.8] * len(logits) if entropies is None else entropies
     signals = {"max_logit": (tuple(logits),), "entropy": (tuple(entropies),)}

@@ -59,16 +59,22 @@ def test_signals_are_those_of_the_explicit_weights():
     causal = torch.ones(16, 16, dtype=torch.bool).tril()
     for number, (query, key, scale) in enumerate(features):
         scores = (scale * query[0] @ key[0].mT).masked_fill(~causal, -torch.inf)
-        assert snapshot.signals["max_logit"][number] == pytest.approx(scores.amax((1, 2)).tolist(), rel=1e-5)
+        assert snapshot.signals["max_logit"][number] == pytest.approx(
+            scores.amax((1, 2)).tolist(), rel=1e-5
+        )
         p = scores.softmax(-1)[:, 1:]
         entropy = -(p * p.clamp(min=1e-30).log()).sum(-1) / torch.arange(2, 17).log()
-        assert snapshot.signals["entropy"][number] == pytest.approx(entropy.mean(1).tolist(), rel=1e-5)
+        assert snapshot.signals["entropy"][number] == pytest.approx(
+            entropy.mean(1).tolist(), rel=1e-5
+        )
         norms = gradients[number].view(3, 7, -1).pow(2).sum((0, 2)).sqrt()
         assert snapshot.signals["gradient_norm"][number] == pytest.approx(norms.tolist(), rel=1e-5)
     # spectra are those after the step: close to those before it at this learning rate
     for role in "qkv":
         values = torch.linalg.svdvals(weights[0][role])
-        assert snapshot.signals[f"sigma_max_{role}"][0] == pytest.approx(values[:, 0].tolist(), rel=2e-2)
+        assert snapshot.signals[f"sigma_max_{role}"][0] == pytest.approx(
+            values[:, 0].tolist(), rel=2e-2
+        )
         condition = (values[:, 0] / values[:, -1]).tolist()
         assert snapshot.signals[f"condition_{role}"][0] == pytest.approx(condition, rel=5e-2)
 
@@ -155,7 +161,9 @@ def test_the_penalty_is_the_entropy_term_and_moves_the_entropy():
         optimizer.zero_grad()
         governor.penalty().backward()
         optimizer.step()
-    assert governor.process_step(1.0).snapshot.signal("entropy", HeadId(1, 2)) > low + 0.5 * (1 - low)
+    assert governor.process_step(1.0).snapshot.signal("entropy", HeadId(1, 2)) > low + 0.5 * (
+        1 - low
+    )
     change.undo(governor)
     governor.process_step(1.0)
     model(tokens)
@@ -272,5 +280,3 @@ def test_masked_reference_weights_agree_with_the_probe_on_padding():
     p = scores.softmax(-1)[0, :, :, :4]
     expected = -(p * p.log()).sum(-1).mean(-1) / torch.tensor(4.0).log()
     assert entropy == pytest.approx(expected.tolist(), rel=1e-5)
-
-

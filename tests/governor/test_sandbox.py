@@ -29,14 +29,20 @@ def run_and_governor(tmp_path):
 
 
 def clip(head: int, power: int) -> qk_clip.QKClip:
-    return qk_clip.QKClip(HeadId(0, head), power, Expectation("max_logit", HeadId(0, head), "fall", 1.0, 20))
+    return qk_clip.QKClip(
+        HeadId(0, head), power, Expectation("max_logit", HeadId(0, head), "fall", 1.0, 20)
+    )
 
 
 def test_the_run_is_left_as_it_was_to_the_bit(tmp_path):
     run, governor = run_and_governor(tmp_path)
     before = {n: t.clone() for n, t in run.model.state_dict().items()}
     moments = {n: t.clone() for n, t in run.optimizer.state[run.model.embedding.weight].items()}
-    state, samples, random = governor.state_dict(), len(governor.telemetry.history), torch.get_rng_state()
+    state, samples, random = (
+        governor.state_dict(),
+        len(governor.telemetry.history),
+        torch.get_rng_state(),
+    )
     paired_effect(run, governor, clip(2, 1), start=30, steps=3, forks=2)
     assert all(torch.equal(before[n], t) for n, t in run.model.state_dict().items())
     after = run.optimizer.state[run.model.embedding.weight]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 
 import pytest
 from snapshots import snapshot
@@ -46,7 +47,9 @@ def test_the_head_in_trouble_is_named_and_clipped():
     )
 
 
-@pytest.mark.parametrize(("value", "power"), [(51.0, 1), (100.0, 1), (100.1, 2), (200.0, 2), (5e4, 10)])
+@pytest.mark.parametrize(
+    ("value", "power"), [(51.0, 1), (100.0, 1), (100.1, 2), (200.0, 2), (5e4, 10)]
+)
 def test_a_clip_brings_the_logit_to_the_bound_or_at_most_half_below(value, power):
     change = qk_clip.build(HeadId(0, 0), value, 50.0, 20)
     assert change.power == power
@@ -76,7 +79,9 @@ def test_a_promise_kept_is_evidence_and_one_broken_is_taken_back():
     assert judged.evidence.held
     assert judged.evidence.value == 40.0
     assert not kept[2].undone
-    broken, _ = run([snapshot(1, [5.0]), snapshot(11, [120.0]), snapshot(21, [130.0]), snapshot(31, [150.0])])
+    broken, _ = run(
+        [snapshot(1, [5.0]), snapshot(11, [120.0]), snapshot(21, [130.0]), snapshot(31, [150.0])]
+    )
     assert not broken[2].judged
     (judged,), (undone,), (again,) = broken[3].judged, broken[3].undone, broken[3].applied
     assert not judged.evidence.held
@@ -89,7 +94,7 @@ def test_the_cooldown_and_the_budget_hold():
     series = [snapshot(2 * i + 1, [120.0 + i]) for i in range(400)]
     decided, _ = run(series)
     steps = [2 * i + 1 for i, d in enumerate(decided) for _ in d.applied]
-    assert all(b - a >= DEFAULT.actions.cooldown for a, b in zip(steps, steps[1:], strict=False))
+    assert all(b - a >= DEFAULT.actions.cooldown for a, b in pairwise(steps))
     assert len(steps) <= DEFAULT.actions.budget
 
 
@@ -104,7 +109,13 @@ def test_clips_that_do_not_last_are_followed_by_an_entropy_term():
 
 def test_an_entropy_term_ends_when_its_time_is_over():
     limits = preset("seed")
-    decided, _ = run([snapshot(10 * i + 1, [5.0], [0.8 if i == 0 else 0.2 if i == 1 else 0.45]) for i in range(40)], limits)
+    decided, _ = run(
+        [
+            snapshot(10 * i + 1, [5.0], [0.8 if i == 0 else 0.2 if i == 1 else 0.45])
+            for i in range(40)
+        ],
+        limits,
+    )
     applied = [(10 * i + 1, a) for i, d in enumerate(decided) for a in d.applied]
     undone = [(10 * i + 1, u) for i, d in enumerate(decided) for u in d.undone]
     (first_step, first), (end_step, end) = applied[0], undone[0]
@@ -139,7 +150,10 @@ def test_the_seed_thresholds_alarm_and_never_act_on_times(more, signal):
 
 def test_the_seed_throughput_rule_compares_with_the_best():
     speeds = [100.0, 120.0, 109.0, 107.0]
-    series = [snapshot(10 * i + 1, [5.0], [0.95], scalars={"tokens_per_s": s}) for i, s in enumerate(speeds)]
+    series = [
+        snapshot(10 * i + 1, [5.0], [0.95], scalars={"tokens_per_s": s})
+        for i, s in enumerate(speeds)
+    ]
     decided, _ = run(series, preset("seed"))
     assert [[a.signal for a in d.alarms] for d in decided] == [[], [], [], ["tokens_per_s"]]
 

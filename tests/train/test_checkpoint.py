@@ -35,7 +35,9 @@ def test_a_damaged_file_is_refused_by_name(root, name):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(bytes(content))
-    with pytest.raises(CheckpointError, match=rf"step-00000012 is damaged \({name}.*delete that folder"):
+    with pytest.raises(
+        CheckpointError, match=rf"step-00000012 is damaged \({name}.*delete that folder"
+    ):
         checkpoint.latest(root)
 
 

@@ -37,4 +37,6 @@ def test_two_processes_equal_one_that_accumulates(tmp_path):
     assert one.keys() == two.keys()
     for name, tensor in one.items():
         # the sums are the same two terms; only the order inside the gradient norm may differ
-        torch.testing.assert_close(two[name], tensor, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            two[name], tensor, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )

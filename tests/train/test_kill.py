@@ -55,7 +55,9 @@ def assert_equal_runs(one: Path, other: Path) -> None:
     first, second = end(one), end(other)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    states = [json.loads((f / "checkpoints/step-00000060/state.json").read_text()) for f in (one, other)]
+    states = [
+        json.loads((f / "checkpoints/step-00000060/state.json").read_text()) for f in (one, other)
+    ]
     for state in states:
         for observer in state["observers"]:
             observer["state"]["memory"].pop("best_speed")
@@ -69,7 +71,9 @@ def whole(tmp_path_factory) -> tuple[Path, float]:
     runs = tmp_path_factory.mktemp("whole")
     assert python(START, str(runs), *SETTINGS).wait() == 0
     folder = next(runs.iterdir())
-    times = [(f / "manifest.json").stat().st_mtime for f in sorted((folder / "checkpoints").iterdir())]
+    times = [
+        (f / "manifest.json").stat().st_mtime for f in sorted((folder / "checkpoints").iterdir())
+    ]
     return folder, times[-1] - (folder / "config.json").stat().st_mtime
 
 

@@ -78,8 +78,12 @@ def test_accumulation_equals_one_large_batch(training):
 
 def test_the_schedule_warms_up_and_ends_where_it_should():
     rates = OptimizerSettings(learning_rate=1.0, final_learning_rate=0.1, warmup=10)
-    assert [rates.rate(s, 110) for s in (0, 9, 10, 60, 110)] == pytest.approx([0.1, 1, 1, 0.55, 0.1])
-    linear = OptimizerSettings(learning_rate=1.0, final_learning_rate=0.0, warmup=0, schedule="linear")
+    assert [rates.rate(s, 110) for s in (0, 9, 10, 60, 110)] == pytest.approx(
+        [0.1, 1, 1, 0.55, 0.1]
+    )
+    linear = OptimizerSettings(
+        learning_rate=1.0, final_learning_rate=0.0, warmup=0, schedule="linear"
+    )
     assert linear.rate(25, 100) == pytest.approx(0.75)
     constant = OptimizerSettings(learning_rate=0.5, warmup=0, schedule="constant")
     assert constant.rate(99, 100) == 0.5
@@ -139,7 +143,7 @@ def test_a_healthy_run_keeps_its_bits_under_the_governor(training, tmp_path):
 
 def test_early_stop_keeps_the_best_checkpoint(training, tmp_path):
     run = training(
-        steps=200, validate_every=2, checkpoint_every=2, patience=2, rates={"learning_rate": 0.5}
+        steps=200, validate_every=2, checkpoint_every=2, patience=2, rates={"learning_rate": 0.2}
     )
     outcome = fit(run)
     assert outcome.stopped_early
@@ -182,7 +186,9 @@ def test_bf16_trains_close_to_fp32(training, tmp_path):
     fit(full)
     fit(half)
     # bf16 keeps 8 bits: a relative error of 2^-8 on a loss of 3.5 nats
-    assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "fp32"), abs=3.5 * 2**-8 * 4)
+    assert losses(tmp_path / "bf16") == pytest.approx(
+        losses(tmp_path / "fp32"), abs=3.5 * 2**-8 * 4
+    )
     assert next(half.model.parameters()).dtype == torch.float32
 
 

@@ -68,7 +68,9 @@ def test_train_leaves_a_whole_run_folder(runs, capsys):
 
 def test_a_toml_file_presets_and_overrides_stack(runs):
     Path("my.toml").write_text('name = "mine"\n[train]\nsteps = 2\n')
-    assert sixfold("train", "demo", "my.toml", *SMALL[:-3], "train.device=cpu", "train.steps=1") == 0
+    assert (
+        sixfold("train", "demo", "my.toml", *SMALL[:-3], "train.device=cpu", "train.steps=1") == 0
+    )
     values = json.loads((next(runs.iterdir()) / "config.json").read_text())
     assert values["name"] == "mine"
     assert values["train"]["steps"] == 1
@@ -76,9 +78,18 @@ def test_a_toml_file_presets_and_overrides_stack(runs):
 
 
 def test_a_system_config_is_understood(runs):
-    system = {"hamha": {"d_model": 28, "d_head": 4, "grid_radius": 1}, "lma": {"kappa_threshold": 50.0}}
+    system = {
+        "hamha": {"d_model": 28, "d_head": 4, "grid_radius": 1},
+        "lma": {"kappa_threshold": 50.0},
+    }
     Path("config.json").write_text(json.dumps(system))
-    more = ("model.num_layers=1", "data.context=16", "train.batch_size=4", "train.steps=2", "train.device=cpu")
+    more = (
+        "model.num_layers=1",
+        "data.context=16",
+        "train.batch_size=4",
+        "train.steps=2",
+        "train.device=cpu",
+    )
     assert sixfold("train", "config.json", *more) == 0
     values = run.read_config(next(runs.iterdir()))
     assert values.governor.resolve().alarms.condition == 50.0
@@ -144,10 +155,16 @@ def test_runs_and_doctor(trained, capsys):
         (("tran.steps=3",), "unknown key 'tran'.*Did you mean 'train'"),
         (("train.step=3",), "unknown key of train 'step'.*Did you mean 'steps'"),
         (("train.steps=abc",), "train.steps must be an integer, got 'abc'"),
-        (("attention.num_heads=4", "attention.mixer=hexagnal"), "unknown mixer 'hexagnal'.*Did you mean 'hexagonal'"),
+        (
+            ("attention.num_heads=4", "attention.mixer=hexagnal"),
+            "unknown mixer 'hexagnal'.*Did you mean 'hexagonal'",
+        ),
         (("attention.mixer=none",), "attention.num_heads is missing; it must be an integer"),
         (("attention.num_hedas=7",), "unknown key of attention 'num_hedas'.*'num_heads'"),
-        (("attention.num_heads=8", "attention.mixer=hexagonal"), "no hexagonal grid has 8 heads.*7"),
+        (
+            ("attention.num_heads=8", "attention.mixer=hexagonal"),
+            "no hexagonal grid has 8 heads.*7",
+        ),
         (("model.kind=langauge",), "model.kind: unknown models 'langauge'.*'language'"),
         (("model.kind=vision",), "cannot be trained on TokenStream data"),
         (("data.name=shakespear",), "data.name: unknown data 'shakespear'.*'shakespeare'"),
@@ -236,9 +253,11 @@ def test_the_old_command_line(runs, capsys, monkeypatch):
         return int(left.value.code or 0)
 
     Path("small.toml").write_text(
-        '[model]\nnum_layers = 1\nd_model = 28\n[data]\ncontext = 16\n[train]\nbatch_size = 4\n'
+        "[model]\nnum_layers = 1\nd_model = 28\n[data]\ncontext = 16\n[train]\nbatch_size = 4\n"
     )
-    assert call("--mode", "train", "--config", "small.toml", "--steps", "3", "--save-telemetry") == 0
+    assert (
+        call("--mode", "train", "--config", "small.toml", "--steps", "3", "--save-telemetry") == 0
+    )
     said = capsys.readouterr().out
     telemetry = Path(said.split("telemetry")[-1].strip())
     assert telemetry.name == "telemetry.jsonl" or "telemetry.jsonl" in said

@@ -41,7 +41,10 @@ def test_values_reach_their_fields_and_the_rest_keeps_its_defaults():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"nam": "y"}, "run.toml: unknown key 'nam'; choose from: inner, name, options. Did you mean 'name'"),
+        (
+            {"nam": "y"},
+            "run.toml: unknown key 'nam'; choose from: inner, name, options. Did you mean 'name'",
+        ),
         ({"inner": {"step": 1}}, "unknown key of inner 'step'.*Did you mean 'steps'"),
         ({"inner": {"steps": "many"}}, "inner.steps must be an integer, got 'many'"),
         ({"inner": {"steps": 1.5}}, "inner.steps must be an integer, got 1.5"),

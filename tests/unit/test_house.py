@@ -18,13 +18,26 @@ from sixfold.train.loop import TrainSettings
 from sixfold.train.optimizer import OptimizerSettings
 
 SOURCE = Path(sixfold.__file__).parent
-HEAVY = ("matplotlib", "jinja2", "rich", "cyclopts", "pyarrow", "tokenizers", "sklearn", "triton", "ray", "fastapi")
+HEAVY = (
+    "matplotlib",
+    "jinja2",
+    "rich",
+    "cyclopts",
+    "pyarrow",
+    "tokenizers",
+    "sklearn",
+    "triton",
+    "ray",
+    "fastapi",
+)
 
 
 def loaded_by(code: str) -> set[str]:
     """Top-level modules that a fresh process has after running `code`."""
     script = f"{code}\nimport sys; print(*{{name.partition('.')[0] for name in sys.modules}})"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     return set(done.stdout.split())
 
 
@@ -50,7 +63,10 @@ def test_an_unknown_public_name_is_an_attribute_error():
         _ = sixfold.Nothing
 
 
-@pytest.mark.parametrize("kind", [RunConfig, TrainSettings, OptimizerSettings, GovernorSettings, AlarmLimits, ActionLimits])
+@pytest.mark.parametrize(
+    "kind",
+    [RunConfig, TrainSettings, OptimizerSettings, GovernorSettings, AlarmLimits, ActionLimits],
+)
 def test_every_setting_is_read_somewhere(kind):
     assert is_dataclass(kind)
     trees = [ast.parse(file.read_text()) for file in SOURCE.rglob("*.py")]
@@ -64,9 +80,17 @@ def test_every_setting_is_read_somewhere(kind):
 
 
 def test_names_are_files_and_load_finds_build():
-    assert discover.names("sixfold.attention.mixer") == ("dense", "hexagonal", "none", "random", "ring")
+    assert discover.names("sixfold.attention.mixer") == (
+        "dense",
+        "hexagonal",
+        "none",
+        "random",
+        "ring",
+    )
     assert callable(discover.load("sixfold.attention.score", "dot"))
-    with pytest.raises(ValueError, match=r"unknown mixer 'rin'; choose from: dense.*Did you mean 'ring'"):
+    with pytest.raises(
+        ValueError, match=r"unknown mixer 'rin'; choose from: dense.*Did you mean 'ring'"
+    ):
         discover.load("sixfold.attention.mixer", "rin")
     with pytest.raises(ValueError, match="is not a package"):
         discover.names("sixfold.discover")

@@ -54,10 +54,20 @@ def test_floats_survive_a_log_to_the_bit(tmp_path):
 
 def test_published_rows_carry_their_origin_and_replace_their_like(tmp_path):
     path, origin = tmp_path / "r.csv", Provenance(0, "cpu: test", "abc", "123")
-    publish(path, [Result("e", "plain", "loss", 2.0, "nats", 0.1, 3), Result("e", "hex", "loss", 1.5, "nats", 0.2, 3)], origin)
+    publish(
+        path,
+        [
+            Result("e", "plain", "loss", 2.0, "nats", 0.1, 3),
+            Result("e", "hex", "loss", 1.5, "nats", 0.2, 3),
+        ],
+        origin,
+    )
     publish(path, [Result("e", "plain", "loss", 1.9, "nats", 0.1, 5)], origin)
     rows = list(csv.DictReader(path.read_text().splitlines()))
-    assert [(r["case"], r["value"], r["seeds"]) for r in rows] == [("hex", "1.5", "3"), ("plain", "1.9", "5")]
+    assert [(r["case"], r["value"], r["seeds"]) for r in rows] == [
+        ("hex", "1.5", "3"),
+        ("plain", "1.9", "5"),
+    ]
     assert {(r["device"], r["commit"], r["config"]) for r in rows} == {("cpu: test", "abc", "123")}
     assert tuple(rows[0]) == record.COLUMNS
 

@@ -56,5 +56,3 @@ class KeyValueCache:
     def reorder(self, rows: Tensor) -> None:
         """Select batch rows, as beam search does."""
         self._room = {name: room.index_select(0, rows) for name, room in self._room.items()}
-
-

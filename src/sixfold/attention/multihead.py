@@ -1,8 +1,8 @@
 """One attention module, four plug points.
 
-O = mix(softmax(score(Q, K) where visible) V) W_O, with Q, K, V = projection(x). What differs between
-mechanisms is the projection, the score, the reach and the mixer; each is a file in the folder of
-that name, chosen here by the file's name.
+O = mix(softmax(score(Q, K) where visible) V) W_O, with Q, K, V = projection(x). Mechanisms differ
+in projection, score, reach and mixer; each is a file in the folder of that name, chosen here by the
+file's name.
 """
 
 from __future__ import annotations
@@ -46,7 +46,11 @@ def build_part(kind: str, part: Part, heads: Heads, **factory: Any) -> Any:
 
 
 def visibility_of(
-    attn_mask: Tensor | None, key_mask: Tensor | None, shape: tuple[int, int, int, int], *, is_causal: bool
+    attn_mask: Tensor | None,
+    key_mask: Tensor | None,
+    shape: tuple[int, int, int, int],
+    *,
+    is_causal: bool,
 ) -> Visibility:
     """Join the caller's masks into one that broadcasts to `shape` (b, h, n, m).
 
@@ -62,7 +66,9 @@ def visibility_of(
                 f"got {tuple(attn_mask.shape)}"
             )
         if mask.dtype != torch.bool and not mask.is_floating_point():
-            raise ValueError(f"attn_mask must be boolean (True = may attend) or float, got {mask.dtype}")
+            raise ValueError(
+                f"attn_mask must be boolean (True = may attend) or float, got {mask.dtype}"
+            )
         attn_mask = mask
     if key_mask is not None:
         if key_mask.shape != (batch, m) or key_mask.dtype != torch.bool:
@@ -141,9 +147,13 @@ class MultiHeadAttention(nn.Module):
         self.mixer = build_part("mixer", mixer, heads, **factory)
         self.output = nn.Linear(heads.num_heads * heads.head_dim, d_model, bias=False, **factory)
         if rope_theta is not None and not self.score.rotation_invariant:
-            raise ValueError(f"score {score!r} cannot be used with rope: rotating changes its value")
+            raise ValueError(
+                f"score {score!r} cannot be used with rope: rotating changes its value"
+            )
         if rope_theta is not None and heads.head_dim % 2:
-            raise ValueError(f"rope turns pairs of features: head_dim must be even, got {heads.head_dim}")
+            raise ValueError(
+                f"rope turns pairs of features: head_dim must be even, got {heads.head_dim}"
+            )
         self.rope_theta, self.dropout, self.impl = rope_theta, dropout, impl
         self.batch_first = batch_first
         self.probe: Probe | None = None

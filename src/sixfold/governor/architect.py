@@ -1,4 +1,4 @@
-"""The governor attached to a training run: it watches, decides by `step`, acts, and keeps a journal."""
+"""The governor attached to a training run: it watches, decides by `step`, acts, and writes down."""
 
 from __future__ import annotations
 
@@ -174,6 +174,8 @@ class LeadMetaArchitect:
         now, ended = self.now + 1, clock_us(self.device)
         seen = Seen(now, None, None, ())
         probes = self._probes()
+        if self.optimizer is None:
+            self._measured |= collect.gradients(self.layers)
         if self.sampling and probes:
             snapshot = self._snapshot(now, number(loss), probes, ended)
             self.telemetry.history.append(snapshot)

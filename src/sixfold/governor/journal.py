@@ -186,7 +186,8 @@ def report(
         found = extreme(history, signal, worst)
         if found:
             lines.append(
-                f"  {signal:<16} {worst.__name__} {found[0]:.4g} at {name_of(found[1])}, step {found[2]}"
+                f"  {signal:<16} {worst.__name__} {found[0]:.4g} at {name_of(found[1])}, "
+                f"step {found[2]}"
             )
     recent = [f"  step {row['step']:>6}  {row['text']}" for row in journal[-8:]]
     return "\n".join(lines + (["  latest:", *recent] if recent else []))

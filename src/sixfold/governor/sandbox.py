@@ -1,4 +1,4 @@
-"""The evaluator: fork a run, replay the same batches with and without a change, compare in pairs."""
+"""The evaluator: fork a run, train on the same batches with and without a change, compare."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The governor as a function: (state, snapshot, limits) -> (state, decisions).
 
-No model, no clock, no randomness: a recorded run can be decided again, elsewhere, with other limits.
+No model, no clock, no randomness: a recorded run can be decided again, with other limits too.
 State is plain values, so that it can be written into a checkpoint as JSON.
 """
 
@@ -170,7 +170,10 @@ def state_dict(state: State) -> dict[str, Any]:
     return {
         "memory": alarms.memory_dict(state.memory),
         "pending": [
-            {"number": p.number, "step": p.step, "held": p.held, "name": p.change.name, "change": asdict(p.change)}
+            {
+                "number": p.number, "step": p.step, "held": p.held, "name": p.change.name,
+                "change": asdict(p.change),
+            }
             for p in state.pending
         ],
         "history": [[when, name, list(head)] for when, name, head in state.history],

@@ -41,7 +41,9 @@ def tracking(
     try:
         import mlflow
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("track.mlflow needs mlflow: pip install 'sixfold[mlflow]'") from error
+        raise ModuleNotFoundError(
+            "track.mlflow needs mlflow: pip install 'sixfold[mlflow]'"
+        ) from error
     mlflow.set_tracking_uri(settings["track"]["mlflow"])
     mlflow.set_experiment("sixfold")
     marker = folder / "mlflow-run-id.txt"

@@ -14,7 +14,7 @@ QUERIES = 64
 
 
 def sampled(observation: Observation, queries: int = QUERIES) -> Observation:
-    """The first sequence of the batch at up to `queries` evenly spaced queries, the last included."""
+    """The first sequence of the batch at up to `queries` evenly spaced queries, and the last."""
     query, key, scale = observation.features
     n, m, device = query.shape[-2], key.shape[-2], query.device
     rows = torch.linspace(n - 1, 0, min(queries, n), device=device).round().long()

@@ -1,8 +1,8 @@
 """Checkpoints: atomic, checksummed, and never unpickled.
 
-A checkpoint is a folder ``step-00000250`` with the model and the optimizer as safetensors, everything
-else as JSON, and a manifest of SHA-256 sums. It is written beside its place and renamed into it, so
-that a killed process leaves the earlier ones as they were.
+A checkpoint is a folder ``step-00000250`` with the model and the optimizer as safetensors, all else
+as JSON, and a manifest of SHA-256 sums. It is written beside its place and renamed into it, so that
+a killed process leaves the earlier ones as they were.
 """
 
 from __future__ import annotations
@@ -173,7 +173,9 @@ def load_model(saved: Saved, model: nn.Module) -> None:
     if problems:
         shown = "; ".join(sorted(problems)[:3])
         raise CheckpointError(
-            f"checkpoint {saved.folder} is of another architecture, {len(problems)} tensors differ: {shown}"
+            f"checkpoint {saved.folder} is of another architecture, "
+            f"{len(problems)} tensors differ: "
+            f"{shown}"
         )
     model.load_state_dict(weights)
 

@@ -46,7 +46,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 @contextmanager
 def world(device: str) -> Iterator[World]:
-    """Join the processes that ``torchrun`` started, or be alone; `device` is cpu, cuda, mps, auto."""
+    """Join the processes ``torchrun`` started, or be alone; `device` is cpu, cuda, mps or auto."""
     if device == "auto":
         found = (
             torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

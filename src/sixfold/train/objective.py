@@ -21,7 +21,7 @@ def loss(objective: str, model: nn.Module, batch: Batch) -> Tensor:
 
 
 class Validation(NamedTuple):
-    """The whole validation set: mean loss, and the share of right answers where there are labels."""
+    """The whole validation set: mean loss, and the share of right answers for labels."""
 
     loss: float
     accuracy: float | None

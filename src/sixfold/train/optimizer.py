@@ -50,7 +50,7 @@ class OptimizerSettings:
 
 
 def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only: gains, biases and tables of one number keep size."""
+    """AdamW with weight decay on matrices only: gains and biases keep their size."""
     trained = [p for p in model.parameters() if p.requires_grad and p.numel()]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},

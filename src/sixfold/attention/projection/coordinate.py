@@ -1,8 +1,9 @@
 """Projections that know where their head sits on the hexagonal grid.
 
-W_h = W_base_h + B * f(q_h, r_h) for each of W_Q, W_K, W_V: W_base_h and the row pattern B are learned,
-f is a small network on the coordinate giving one number per row. The sum is taken on the weights, so
-the layer runs as one fused matrix product. A QK-clip scales W_base_h, and f by a factor kept apart.
+W_h = W_base_h + B * f(q_h, r_h) for each of W_Q, W_K, W_V: W_base_h and the row pattern B are
+learned, f is a small network on the coordinate giving one number per row. The sum is taken on the
+weights, so the layer runs as one fused matrix product. A QK-clip scales W_base_h in place, and f by
+a factor kept apart.
 """
 
 from __future__ import annotations

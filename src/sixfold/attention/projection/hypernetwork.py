@@ -3,8 +3,8 @@
 W_h(s) = g_h (M_h + sum over r of a_hr(s) M_r),   a(s) = sum over k of c_k(s) phi_k(q_h, r_h)
 
 The M_r are a bank of matrices as large as plain projections; phi_k is a basis generated from the
-coordinate, c_0 = 1 and c_k(s) read the summary s: the mean of the tokens that a token may see. Under
-a causal mask that is the prefix mean, so no weight ever depends on the future. Q, K and V have
+coordinate, c_0 = 1 and c_k(s) read the summary s: the mean of the tokens that a token may see.
+Under a causal mask that is the prefix mean, so no weight depends on the future. Q, K and V have
 banks, bases and coefficients of their own. Source of the idea: Ha et al., HyperNetworks, arXiv
 1609.09106.
 """
@@ -56,8 +56,10 @@ class Writer(nn.Module):
             nn.Linear(2, HIDDEN, **factory), nn.GELU(), nn.Linear(HIDDEN, BASIS * count, **factory)
         )
         self.reader = nn.Sequential(
-            nn.Linear(heads.d_model, HIDDEN, **factory), nn.Tanh(), nn.Linear(HIDDEN, BASIS - 1, **factory)
-        )  # fmt: skip
+            nn.Linear(heads.d_model, HIDDEN, **factory),
+            nn.Tanh(),
+            nn.Linear(HIDDEN, BASIS - 1, **factory),
+        )
         self.register_buffer("place", places(grid, count).to(self.bank.weight))
         self.register_buffer("gain", torch.ones(count, 1, **factory))
         nn.init.normal_(self.bank.weight, std=heads.d_model**-0.5)

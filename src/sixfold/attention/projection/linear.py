@@ -14,9 +14,7 @@ def split_heads(flat: Tensor, head_dim: int) -> Tensor:
     return flat.unflatten(-1, (-1, head_dim)).transpose(1, 2)
 
 
-def project(
-    x: Tensor, context: Tensor, weight: Tensor, bias: Tensor | None, heads: Heads
-) -> Point:
+def project(x: Tensor, context: Tensor, weight: Tensor, bias: Tensor | None, heads: Heads) -> Point:
     """Apply fused weights ((h + 2 h_kv) d, d_model) to x and, for keys and values, to context."""
     queries = heads.num_heads * heads.head_dim
     keys = heads.num_kv_heads * heads.head_dim
@@ -49,7 +47,11 @@ class LinearProjection(nn.Module):
         nn.init.normal_(self.qkv.weight, std=heads.d_model**-0.5)
 
     def forward(
-        self, x: Tensor, context: Tensor, visibility: Visibility, cache: Cache | None  # noqa: ARG002
+        self,
+        x: Tensor,
+        context: Tensor,
+        visibility: Visibility,  # noqa: ARG002
+        cache: Cache | None,  # noqa: ARG002
     ) -> Point:
         """Project x (b, n, d_model) and context (b, m, d_model)."""
         return project(x, context, self.qkv.weight, self.qkv.bias, self.heads)

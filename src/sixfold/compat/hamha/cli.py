@@ -1,4 +1,4 @@
-"""``cli.py``: the old flags on Sixfold's commands. Run as ``python -m sixfold.compat.hamha.cli``."""
+"""``cli.py``: the old flags as Sixfold's commands. Run: ``python -m sixfold.compat.hamha.cli``."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ def parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(description="HAMHA + LMA, on Sixfold")
     flags.add_argument("--mode", choices=("demo", "train"), default="demo")
     flags.add_argument("--steps", type=int, help="optimizer steps")
-    flags.add_argument("--config", type=Path, help="a SystemConfig as JSON, or a run's TOML or JSON")
+    flags.add_argument(
+        "--config", type=Path, help="a SystemConfig as JSON, or a run's TOML or JSON"
+    )
     flags.add_argument("--checkpoint", type=Path, help="a run's folder to go on with")
-    flags.add_argument("--save-telemetry", action="store_true", help="print where telemetry is saved")
+    flags.add_argument(
+        "--save-telemetry", action="store_true", help="print where telemetry is saved"
+    )
     return flags
 
 

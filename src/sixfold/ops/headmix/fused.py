@@ -45,6 +45,7 @@ class GatedMix(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        """The gated sum."""
         out, near, mixed = steps(*inputs)
         # the heads are kept by attention itself: to hold them costs nothing
         ctx.save_for_backward(*inputs, near, mixed)
@@ -53,6 +54,7 @@ class GatedMix(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        """One gradient per input, in their order."""
         heads, weight_self, weight_neighbour, graph, gate, near, mixed = ctx.saved_tensors
         own, edges = graph.diagonal(), graph.clone().fill_diagonal_(0.0)
         rows = heads_first(heads)
@@ -78,4 +80,6 @@ def mix(
     """Same as the reference; cost b n h d (2d + h). Differentiable once."""
     small = [t.to(heads.dtype) for t in (weight_self, weight_neighbour, graph, gate)]
     # a compiler derives the gradient, and fuses it, itself
-    return steps(heads, *small)[0] if torch.compiler.is_compiling() else GatedMix.apply(heads, *small)
+    return (
+        steps(heads, *small)[0] if torch.compiler.is_compiling() else GatedMix.apply(heads, *small)
+    )
