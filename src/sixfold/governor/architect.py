@@ -94,7 +94,6 @@ class LeadMetaArchitect:
         self._measured: dict[str, list[Tensor]] = {}
         self._times: dict[str, float] = {}
         self._began = self._forward_ended = clock_us(self.device)
-        self._tokens = 0
         self._handles = [
             model.register_forward_hook(self._after_forward),
             *(
@@ -130,16 +129,13 @@ class LeadMetaArchitect:
             layer.probe = (
                 LayerProbe(self.device, measure=self.sampling, hold=hold) if wanted else None
             )
-        self._measured, self._times, self._tokens = {}, {}, 0
+        self._measured, self._times = {}, {}
 
     def _probes(self) -> list[LayerProbe]:
         return [layer.probe for layer in self.layers if isinstance(layer.probe, LayerProbe)]
 
     def _after_forward(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG002
         if self.model.training and self.sampling:
-            self._tokens += sum(
-                t.shape[0] * t.shape[1] for t in inputs[:1] if isinstance(t, Tensor)
-            )
             self._forward_ended = clock_us(self.device)
 
     def _before_move(self, optimizer: torch.optim.Optimizer, *unused: Any) -> None:  # noqa: ARG002
@@ -198,7 +194,8 @@ class LeadMetaArchitect:
         if (now - 1) % (SPECTRA_EVERY * self.every) == 0:
             measured |= collect.matrices(self.layers)
         times = collect.times(probes) | self._times | {"step": ended - self._began}
-        scalars = {"tokens_per_s": 1e6 * self._tokens / times["step"]} if self._tokens else {}
+        tokens = probes[0].tokens
+        scalars = {"tokens_per_s": 1e6 * tokens / times["step"]} if tokens else {}
         if self.optimizer is not None:
             scalars["learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
         found = [Snapshot(now, loss, collect.to_numbers(measured), scalars, times)]

@@ -50,6 +50,7 @@ class LayerProbe:
         self.entropy: Tensor | None = None
         self.held: Tensor | None = None
         self.times_us: dict[str, float] = {}
+        self.tokens = 0
         self._last = 0.0
 
     def mark(self, stage: Stage) -> None:
@@ -62,6 +63,8 @@ class LayerProbe:
 
     def observe(self, observation: Observation) -> None:
         """Take statistics; they are no part of the graph unless a head is held."""
+        query = observation.features.query
+        self.tokens += query.shape[0] * query.shape[-2]
         few = sampled(observation)
         if self.measure and self.max_logit is None:
             with torch.no_grad():
