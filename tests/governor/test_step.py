@@ -58,11 +58,13 @@ def test_a_clip_brings_the_logit_to_the_bound_or_at_most_half_below(value, power
 
 def test_growth_makes_a_warning_steadiness_does_not():
     steady = [snapshot(10 * i + 1, [60.0]) for i in range(6)]
-    assert [len(d.applied) for d in run(steady)[0]] == [1, 0, 0, 0, 0, 0]
+    assert [len(d.alarms) for d in run(steady)[0]] == [1, 0, 0, 0, 0, 0]
     slow = [snapshot(10 * i + 1, [30.0 * 1.05**i]) for i in range(20)]
     assert not any(d.alarms for d in run(slow)[0])
     fast = [snapshot(10 * i + 1, [30.0 * 1.3**i]) for i in range(4)]
-    assert [len(d.alarms) for d in run(fast)[0]] == [0, 0, 1, 0]
+    decided, _ = run(fast)
+    assert [len(d.alarms) for d in decided] == [0, 0, 1, 0]
+    assert not any(d.applied for d in decided)
 
 
 def test_an_alarm_is_told_once_until_it_clears():

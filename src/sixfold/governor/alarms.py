@@ -15,6 +15,8 @@ REMEMBERED = 32
 """Samples a head is compared with: at the default pace, the last 320 steps."""
 RECENT = 3
 """Samples over which growth counts."""
+ACTED_ON = ("max_logit", "entropy")
+"""Signals that a change answers; times and spectra are only told."""
 CLEAR = 0.8
 """An alarm is over when its signal is this far inside its limit."""
 WHOLE = HeadId(-1, -1)
@@ -68,16 +70,17 @@ def judge(
     """Compare a snapshot with the limits and with the past.
 
     Returns:
-        The memory with this snapshot in it, the alarms raised now, and for every head in trouble
-        that a change can answer its worst alarm, whether raised now or earlier.
+        The memory with this snapshot in it, the alarms raised now, and for every head that is in
+        critical trouble the alarm a change can answer, whether raised now or earlier. A warning
+        is told, not answered: healthy runs come near it.
     """
     present = list(rules(memory, snapshot, limits))
     keys = {(a.level, a.signal, *a.target): a for a in present}
     news = tuple(alarm for key, alarm in keys.items() if key not in memory.raised)
     still = {key for key in memory.raised if key in keys or not cleared(key, snapshot, limits)}
     answerable: dict[HeadId, Alarm] = {}
-    for alarm in sorted(present, key=lambda a: a.level != "critical"):
-        if alarm.signal in ("max_logit", "entropy") and math.isfinite(alarm.value):
+    for alarm in present:
+        if alarm.level == "critical" and alarm.signal in ACTED_ON and math.isfinite(alarm.value):
             answerable.setdefault(alarm.target, alarm)
     memory = Memory(
         remember(memory.logits, snapshot, "max_logit"),
