@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 from pathlib import Path
 from typing import NamedTuple
@@ -65,31 +64,18 @@ def main() -> None:
     arguments.add_argument("--runs", type=Path, default=Path("runs/mixing"))
     arguments.add_argument("--seeds", type=int, default=3)
     given = arguments.parse_args()
-    rows = []
+    settings = record.config_hash(config.plain(run.configure(["nanogpt"])))
     for case, overrides in cases().items():
         found = [loss_of(case, overrides, seed, given.runs) for seed in range(given.seeds)]
         losses = [trained.loss for trained in found]
         low, high = interval(losses)
-        mean, half = statistics.fmean(losses), (high - low) / 2
-        print(
-            f"{case:<22} {mean:.4f} ± {half:.4f}  {[round(v, 4) for v in losses]}  {found[0].parameters:,} parameters"
-        )
-        rows.append(
-            Result(
-                "mixing",
-                case,
-                "validation loss",
-                mean,
-                "nats/char",
-                half if math.isfinite(half) else 0.0,
-                given.seeds,
-            )
-        )
-        rows.append(
-            Result("mixing", case, "parameters", float(found[0].parameters), "1", 0.0, given.seeds)
-        )
-    settings = record.config_hash(config.plain(run.configure(["nanogpt"])))
-    publish(RESULTS, rows, Provenance(0, record.device_name(), found[0].commit, settings))
+        mean, half, size = statistics.fmean(losses), (high - low) / 2, found[0].parameters
+        print(f"{case:<22} {mean:.4f} ± {half:.4f}  {losses}  {size:,} parameters", flush=True)
+        rows = [
+            Result("mixing", case, "validation loss", mean, "nats/char", half, given.seeds),
+            Result("mixing", case, "parameters", float(size), "1", 0.0, given.seeds),
+        ]
+        publish(RESULTS, rows, Provenance(0, record.device_name(), found[0].commit, settings))
 
 
 if __name__ == "__main__":

@@ -74,9 +74,7 @@ def override(values: Mapping[str, Any], assignment: str) -> dict[str, Any]:
 
 
 def parse_value(text: str) -> Any:
-    """A value as TOML reads it; ``none`` is None, anything else a plain string."""
-    if text.strip().lower() == "none":
-        return None
+    """A value as TOML reads it, else a plain string."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -155,7 +153,9 @@ def check_call(
 
 
 def checked(value: Any, hint: Any, source: str, path: str) -> Any:
-    """The value, if it is of the annotated type; integers serve as floats."""
+    """The value, if it is of the annotated type; integers serve as floats, ``none`` as None."""
+    if value == "none" and fits(None, hint):
+        return None
     if not fits(value, hint):
         raise ConfigError(f"{source}: {path} must be {describe(hint)}, got {value!r}")
     wants_float = hint is float or (

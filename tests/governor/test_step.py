@@ -67,6 +67,15 @@ def test_growth_makes_a_warning_steadiness_does_not():
     assert not any(d.applied for d in decided)
 
 
+def test_warnings_are_answered_only_for_a_while_after_something_was_critical():
+    heads = [[30.0, 30.0], [120.0, 30.0], [40.0, 60.0]]
+    decided, _ = run([snapshot(10 * i + 1, values) for i, values in enumerate(heads)])
+    assert [[a.change.target.head for a in d.applied] for d in decided] == [[], [0], [1]]
+    later = [snapshot(1, [30.0, 30.0]), snapshot(11, [120.0, 30.0]), snapshot(121, [40.0, 60.0])]
+    decided, _ = run(later)
+    assert [[a.change.target.head for a in d.applied] for d in decided] == [[], [0], []]
+
+
 def test_an_alarm_is_told_once_until_it_clears():
     values = [5, 120, 110, 90, 85, 70, 120]
     decided, _ = run([snapshot(10 * i + 1, [float(v)]) for i, v in enumerate(values)])

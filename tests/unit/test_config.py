@@ -36,6 +36,8 @@ def test_values_reach_their_fields_and_the_rest_keeps_its_defaults():
     assert made(inner={"steps": 7, "rate": 1}) == Outer(inner=Inner(steps=7, rate=1.0))
     assert type(made(inner={"rate": 1}).inner.rate) is float
     assert made(inner={"clip": None}).inner.clip is None
+    assert made(inner={"clip": "none"}).inner.clip is None
+    assert made(name="none").name == "none"
 
 
 @pytest.mark.parametrize(
@@ -89,7 +91,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("5", 5), ("1e-3", 1e-3), ("true", True), ("none", None), ("abc", "abc"), ('"5"', "5"),
+    [("5", 5), ("1e-3", 1e-3), ("true", True), ("none", "none"), ("abc", "abc"), ('"5"', "5"),
      ("[1, 2]", [1, 2]), ('{name = "window", width = 8}', {"name": "window", "width": 8})],
 )  # fmt: skip
 def test_overrides_are_read_as_toml_or_as_text(text, value):

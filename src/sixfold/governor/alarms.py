@@ -17,6 +17,8 @@ RECENT = 3
 """Samples over which growth counts."""
 ACTED_ON = ("max_logit", "entropy")
 """Signals that a change answers; times and spectra are only told."""
+CRISIS = 100
+"""Steps after a critical alarm in which warnings are answered too."""
 CLEAR = 0.8
 """An alarm is over when its signal is this far inside its limit."""
 WHOLE = HeadId(-1, -1)
@@ -44,6 +46,7 @@ class Memory:
     logits: tuple[tuple[tuple[float, ...], ...], ...] = ()
     entropies: tuple[tuple[tuple[float, ...], ...], ...] = ()
     best_speed: float = 0.0
+    critical_at: int | None = None
     raised: frozenset[tuple[str, str, int, int]] = frozenset()
 
     @property
@@ -70,22 +73,27 @@ def judge(
     """Compare a snapshot with the limits and with the past.
 
     Returns:
-        The memory with this snapshot in it, the alarms raised now, and for every head that is in
-        critical trouble the alarm a change can answer, whether raised now or earlier. A warning
-        is told, not answered: healthy runs come near it.
+        The memory with this snapshot in it, the alarms raised now, and for every head in trouble
+        the worst alarm a change can answer, whether raised now or earlier. Outside a crisis there
+        is none: a warning alone is told and not answered, for healthy runs come near it.
     """
     present = list(rules(memory, snapshot, limits))
     keys = {(a.level, a.signal, *a.target): a for a in present}
     news = tuple(alarm for key, alarm in keys.items() if key not in memory.raised)
     still = {key for key in memory.raised if key in keys or not cleared(key, snapshot, limits)}
+    critical_at = memory.critical_at
+    if any(alarm.level == "critical" for alarm in present):
+        critical_at = snapshot.step
+    crisis = critical_at is not None and snapshot.step - critical_at <= CRISIS
     answerable: dict[HeadId, Alarm] = {}
-    for alarm in present:
-        if alarm.level == "critical" and alarm.signal in ACTED_ON and math.isfinite(alarm.value):
+    for alarm in sorted(present, key=lambda a: a.level != "critical"):
+        if crisis and alarm.signal in ACTED_ON and math.isfinite(alarm.value):
             answerable.setdefault(alarm.target, alarm)
     memory = Memory(
         remember(memory.logits, snapshot, "max_logit"),
         remember(memory.entropies, snapshot, "entropy"),
         max(memory.best_speed, snapshot.scalars.get("tokens_per_s", 0.0)),
+        critical_at,
         frozenset(still | keys.keys()),
     )
     return memory, news, tuple(answerable.values())
@@ -195,6 +203,7 @@ def memory_dict(memory: Memory) -> dict[str, Any]:
         "logits": memory.logits,
         "entropies": memory.entropies,
         "best_speed": memory.best_speed,
+        "critical_at": memory.critical_at,
         "raised": sorted(memory.raised),
     }
 
@@ -209,5 +218,9 @@ def load_memory(values: Mapping[str, Any]) -> Memory:
         (level, signal, layer, head) for level, signal, layer, head in values["raised"]
     )
     return Memory(
-        frozen(values["logits"]), frozen(values["entropies"]), values["best_speed"], raised
+        frozen(values["logits"]),
+        frozen(values["entropies"]),
+        values["best_speed"],
+        values["critical_at"],
+        raised,
     )

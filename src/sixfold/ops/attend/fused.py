@@ -21,7 +21,10 @@ def attend(features: Features, value: Tensor, visibility: Visibility, dropout: f
     query, key, scale = features
     n, m = query.shape[-2], key.shape[-2]
     # the kernels align causality upper-left: theirs equals ours only for a square without a mask
-    square = visibility.is_causal and visibility.mask is None and n == m
+    square = False
+    # a branch, because under a compiler n == m may be symbolic and the kernel wants a plain bool
+    if visibility.is_causal and visibility.mask is None and n == m:
+        square = True
     mask = None if square else visible(visibility, n, m, query.device)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(query.dtype)
