@@ -27,7 +27,9 @@ def trained(title: str, presets: list[str], runs: Path, *overrides: str) -> Path
 
 def losses(folder: Path) -> list[float]:
     """Training losses in order."""
-    return [row["loss"] for row in run.rows(folder / "metrics.jsonl") if row.get("split") == "train"]
+    return [
+        row["loss"] for row in run.rows(folder / "metrics.jsonl") if row.get("split") == "train"
+    ]
 
 
 def main() -> None:
@@ -44,7 +46,9 @@ def main() -> None:
         alone = trained("healthy, alone", ["demo"], runs, off, *SHORT)
         governed = trained("healthy, governed", ["demo"], runs, *SHORT)
         if losses(alone) != losses(governed):
-            raise SystemExit("the governor changed a healthy run: that is a bug, no picture is drawn")
+            raise SystemExit(
+                "the governor changed a healthy run: that is a bug, no picture is drawn"
+            )
         picture(
             [("alone", alone), ("governed: the same to the last bit", governed)],
             PICTURES / "healthy.svg",

@@ -90,9 +90,6 @@ class Projection(Protocol):
     def gradients(self) -> dict[str, Tensor] | None:
         """Gradients of each head's own matrices, as `materialize`; None where there are none."""
 
-    def scale_head_(self, head: int, query: float, key: float) -> None:
-        """Multiply one head's queries and (its group's) keys in place."""
-
 
 class Score(Protocol):
     """How a query rates a key."""
@@ -102,7 +99,7 @@ class Score(Protocol):
     def __call__(self, query: Tensor, key: Tensor) -> Features:
         """Features whose scaled inner product is the score."""
 
-    def scale_head_(self, head: int, power: int, projection: Projection) -> None:
+    def scale_head_(self, head: int, power: int) -> None:
         """Multiply one head's logits by 2**power, exactly: what a QK-clip means for this score."""
 
 
@@ -118,8 +115,8 @@ class Mixer(Protocol):
 
     grid: HexGrid | None
 
-    def mix_outputs(self, heads: Tensor) -> Tensor:
-        """Mix head outputs (b, n, h, d), same shape out."""
+    def mix_outputs(self, heads: Tensor, impl: str) -> Tensor:
+        """Mix head outputs (b, n, h, d), same shape out, by the layer's implementation."""
 
 
 class Probe(Protocol):

@@ -15,8 +15,6 @@ EVERYTHING = Visibility(None, is_causal=False)
 @pytest.mark.parametrize("kv_heads", [7, 1])
 def test_materialized_weights_reproduce_the_projection(make, tokens, name, kv_heads):
     projection = make({"projection": name}, num_kv_heads=kv_heads).projection
-    for head in (0, 3):
-        projection.scale_head_(head, 0.5, 4.0)
     x, context = tokens(2, 5), tokens(2, 6, seed=1)
     weights = projection.materialize()
     assert [tuple(w.shape) for w in weights.values()] == [(7, 4, 24)] + 2 * [(kv_heads, 4, 24)]
@@ -89,7 +87,7 @@ def written(writer, tokens, summary):
                 phi = writer.basis(writer.place[h]).view(BASIS, writer.count)
                 a = (c @ phi) / writer.count**0.5
                 matrix = bank[h] + torch.einsum("r,rdm->dm", a, bank)
-                out[b, h, t] = writer.gain[h] * (matrix @ tokens[b, t])
+                out[b, h, t] = matrix @ tokens[b, t]
     return out
 
 
@@ -98,7 +96,6 @@ def written(writer, tokens, summary):
 @pytest.mark.parametrize("kv_heads", [7, 1])
 def test_hypernetwork_projections_are_the_formula(make, tokens, is_causal, masked, kv_heads):
     projection = make({"projection": "hypernetwork"}, num_kv_heads=kv_heads).projection
-    projection.scale_head_(2, 0.25, 2.0)
     x = tokens(2, 5)
     real = torch.ones(2, 5, dtype=torch.bool)
     if masked:

@@ -46,7 +46,9 @@ def test_every_signal_and_protocol_has_a_row():
     signals = {"max_logit", "entropy", "gradient_norm"}
     signals |= {f"{name}_{role}" for name in ("sigma_max", "condition") for role in "qkv"}
     assert signals | set(PROTOCOLS) <= rows
-    assert {name.rpartition("_")[0] if name[-2:] in ("_q", "_k", "_v") else name for name in signals} <= set(UNITS)
+    assert {
+        name.rpartition("_")[0] if name[-2:] in ("_q", "_k", "_v") else name for name in signals
+    } <= set(UNITS)
 
 
 def test_presets_of_limits_are_named():
@@ -57,7 +59,9 @@ def test_presets_of_limits_are_named():
 def blocks(language: str) -> list[tuple[str, str]]:
     found = []
     for page in PAGES:
-        for number, code in enumerate(re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.DOTALL)):
+        for number, code in enumerate(
+            re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.DOTALL)
+        ):
             found.append(pytest.param(code, id=f"{page.name}-{number}"))
     return found
 
@@ -78,8 +82,12 @@ def test_toml_blocks_are_configurations(code, tmp_path):
 def test_the_readme_shows_only_commands_that_parse():
     from sixfold.cli import app
 
-    text = "\n".join(re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL))
-    commands = re.findall(r"^(?:torchrun .*-m )?sixfold (.*?)(?:\s{2,}#.*)?$", text, flags=re.MULTILINE)
+    text = "\n".join(
+        re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    )
+    commands = re.findall(
+        r"^(?:torchrun .*-m )?sixfold (.*?)(?:\s{2,}#.*)?$", text, flags=re.MULTILINE
+    )
     assert len(commands) >= 8
     for words in commands:
         app.parse_args(words, exit_on_error=False)
@@ -94,9 +102,13 @@ def test_the_readme_shows_the_results_as_they_stand():
     for file, case, metric in shown:
         rows = csv.DictReader((ROOT / "results" / file).read_text().splitlines())
         (row,) = [r for r in rows if r["case"] == case and r["metric"] == metric]
-        line = next(line for line in text.splitlines() if f"<!-- {file}: {case} / {metric} -->" in line)
+        line = next(
+            line for line in text.splitlines() if f"<!-- {file}: {case} / {metric} -->" in line
+        )
         digits = re.search(r"\*\*([\d.]+)", line)[1]
-        assert float(digits) == pytest.approx(float(row["value"]), abs=0.5 * 10 ** -len(digits.partition(".")[2])), line
+        assert float(digits) == pytest.approx(
+            float(row["value"]), abs=0.5 * 10 ** -len(digits.partition(".")[2])
+        ), line
 
 
 def test_pictures_are_there_and_complete():

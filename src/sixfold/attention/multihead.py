@@ -233,7 +233,7 @@ class MultiHeadAttention(nn.Module):
         """Multiply the logits of one head by 2**power, in place and exactly reversibly."""
         if not 0 <= head < self.heads.num_heads:
             raise ValueError(f"head must be in [0, {self.heads.num_heads}), got {head}")
-        self.score.scale_head_(head, power, self.projection)
+        self.score.scale_head_(head, power)
 
     def materialize(self) -> dict[str, Tensor]:
         """Plain weights ``q`` (h, d, d_model), ``k`` and ``v`` (h_kv, d, d_model)."""

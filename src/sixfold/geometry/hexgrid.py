@@ -34,7 +34,7 @@ class HexCoordinate(NamedTuple):
         return f"H({self.q},{self.r})"
 
     def distance(self, other: tuple[int, int] = (0, 0)) -> int:
-        """Steps between two cells: (|dq| + |dr| + |dq + dr|) / 2.
+        """Steps between two cells: ``(|dq| + |dr| + |dq + dr|) / 2``.
 
         >>> HexCoordinate(2, -1).distance()
         2

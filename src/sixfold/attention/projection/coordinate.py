@@ -2,8 +2,7 @@
 
 W_h = W_base_h + B * f(q_h, r_h) for each of W_Q, W_K, W_V: W_base_h and the row pattern B are
 learned, f is a small network on the coordinate giving one number per row. The sum is taken on the
-weights, so the layer runs as one fused matrix product. A QK-clip scales W_base_h in place, and f by
-a factor kept apart.
+weights, so the layer runs as one fused matrix product.
 """
 
 from __future__ import annotations
@@ -38,7 +37,6 @@ class CoordinateProjection(nn.Module):
             nn.GELU(),
             nn.Linear(HIDDEN, 3 * heads.head_dim, **factory),
         )
-        self.register_buffer("gain", torch.ones(rows, 1, **factory))
         for name, count in (("q", heads.num_heads), ("kv", heads.num_kv_heads)):
             self.register_buffer(f"place_{name}", places(self.grid, count).to(self.pattern))
         nn.init.normal_(self.base.weight, std=heads.d_model**-0.5)
@@ -47,7 +45,6 @@ class CoordinateProjection(nn.Module):
     def shifted(self, place: Tensor, roles: slice, rows: slice) -> Tensor:
         """W of some roles (of q, k, v), flat, whose heads sit at `place` and in `rows`."""
         f = self.network(place).unflatten(-1, (3, -1))[:, roles].transpose(0, 1)
-        f = f * self.gain[rows].view(*f.shape[:2], 1)
         whole = self.base.weight.view(-1, *self.pattern.shape[1:])[rows].view(*f.shape, -1)
         return torch.addcmul(whole, f[..., None], self.pattern[roles, None]).flatten(0, 2)
 
@@ -77,15 +74,6 @@ class CoordinateProjection(nn.Module):
         """Gradients of the base weights by role."""
         gradient = self.base.weight.grad
         return None if gradient is None else split_weight(gradient, self.heads)
-
-    @torch.no_grad()
-    def scale_head_(self, head: int, query: float, key: float) -> None:
-        """Multiply one head's W_q and its group's W_k."""
-        group = head * self.heads.num_kv_heads // self.heads.num_heads
-        base = self.base.weight.unflatten(0, (-1, self.heads.head_dim))
-        for row, factor in ((head, query), (self.heads.num_heads + group, key)):
-            base[row] *= factor
-            self.gain[row] *= factor
 
 
 def build(heads: Heads, **factory: object) -> CoordinateProjection:

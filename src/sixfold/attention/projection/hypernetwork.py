@@ -1,6 +1,6 @@
 """Projections written by a small network, from the head's coordinate and from what is in view.
 
-W_h(s) = g_h (M_h + sum over r of a_hr(s) M_r),   a(s) = sum over k of c_k(s) phi_k(q_h, r_h)
+W_h(s) = M_h + sum over r of a_hr(s) M_r,   a(s) = sum over k of c_k(s) phi_k(q_h, r_h)
 
 The M_r are a bank of matrices as large as plain projections; phi_k is a basis generated from the
 coordinate, c_0 = 1 and c_k(s) read the summary s: the mean of the tokens that a token may see.
@@ -61,15 +61,14 @@ class Writer(nn.Module):
             nn.Linear(HIDDEN, BASIS - 1, **factory),
         )
         self.register_buffer("place", places(grid, count).to(self.bank.weight))
-        self.register_buffer("gain", torch.ones(count, 1, **factory))
         nn.init.normal_(self.bank.weight, std=heads.d_model**-0.5)
 
     def coefficients(self, summary: Tensor) -> Tensor:
-        """I + a(s), gains included: (..., h, h) for summaries (..., d_model)."""
+        """I + a(s): (..., h, h) for summaries (..., d_model)."""
         basis = self.basis(self.place).unflatten(-1, (BASIS, self.count)) * self.count**-0.5
         read = torch.einsum("...k,hkr->...hr", self.reader(summary), basis[:, 1:])
         own = torch.eye(self.count, device=basis.device, dtype=basis.dtype)
-        return self.gain * (own + basis[:, 0] + read)
+        return own + basis[:, 0] + read
 
     def forward(self, tokens: Tensor, summary: Tensor) -> Tensor:
         """(b, h, n, d) from tokens (b, n, d_model) and their summaries (b, n or 1, d_model)."""
@@ -123,12 +122,6 @@ class HypernetworkProjection(nn.Module):
         if any(gradient is None for gradient in found.values()):
             return None
         return {name: g.unflatten(0, (-1, self.heads.head_dim)) for name, g in found.items()}
-
-    @torch.no_grad()
-    def scale_head_(self, head: int, query: float, key: float) -> None:
-        """Lower the gain of one head's queries and of its group's keys."""
-        self.q.gain[head] *= query
-        self.k.gain[head * self.heads.num_kv_heads // self.heads.num_heads] *= key
 
 
 def build(heads: Heads, **factory: object) -> HypernetworkProjection:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -64,16 +63,6 @@ class LinearProjection(nn.Module):
         """Gradients of the weights by role."""
         gradient = self.qkv.weight.grad
         return None if gradient is None else split_weight(gradient, self.heads)
-
-    @torch.no_grad()
-    def scale_head_(self, head: int, query: float, key: float) -> None:
-        """Multiply the rows of one head's W_q and of its group's W_k, biases included."""
-        group = head * self.heads.num_kv_heads // self.heads.num_heads
-        tensors = [self.qkv.weight] if self.qkv.bias is None else [self.qkv.weight, self.qkv.bias]
-        for tensor in tensors:
-            rows = split_weight(tensor, self.heads)
-            rows["q"][head] *= query
-            rows["k"][group] *= key
 
 
 def build(heads: Heads, *, bias: bool = False, **factory: object) -> LinearProjection:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from sixfold.contracts import Features, Heads, Projection
+from sixfold.contracts import Features, Heads
 
 START, LARGEST = 10.0, 100.0
 
@@ -38,7 +38,7 @@ class Cosine(nn.Module):
         query = normalize(query, dim=-1) * self.temperature()[:, None, None].to(query.dtype)
         return Features(query, normalize(key, dim=-1), 1.0)
 
-    def scale_head_(self, head: int, power: int, projection: Projection) -> None:  # noqa: ARG002
+    def scale_head_(self, head: int, power: int) -> None:
         """Lower the temperature: weights do not change a cosine."""
         self.power[head] += power
 

@@ -5,32 +5,47 @@ Source: Vaswani et al., Attention Is All You Need, arXiv 1706.03762, section 3.2
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
-from sixfold.contracts import Features, Heads, Projection
+from sixfold.contracts import Features, Heads
 
 
 class Dot(nn.Module):
-    """Scaled dot product."""
+    """Scaled dot product, times 2**power_h: 1 until a head is clipped."""
 
     rotation_invariant = True
 
+    def __init__(self, heads: Heads, **factory: object) -> None:
+        super().__init__()
+        self.register_buffer("power", torch.zeros(heads.num_heads, **factory))
+        # known to Python, so that a model of which no head is clipped pays nothing
+        self.clipped = False
+        self.register_load_state_dict_post_hook(Dot._look)
+
+    def _look(self, *_: Any) -> None:
+        self.clipped = bool(self.power.any())
+
     def forward(self, query: Tensor, key: Tensor) -> Features:
         """Queries and keys as they are, scale 1/sqrt(d)."""
+        if self.clipped:
+            query = query * self.power.exp2()[:, None, None].to(query.dtype)
         return Features(query, key, query.shape[-1] ** -0.5)
 
-    def scale_head_(self, head: int, power: int, projection: Projection) -> None:
-        """Share 2**power between W_q and W_k; all of it on W_q where keys serve several heads.
+    def scale_head_(self, head: int, power: int) -> None:
+        """Multiply one head's logits by 2**power, apart from its weights.
 
-        Powers of two only change exponents, so that the inverse call restores every bit.
-        Source: Kimi K2, arXiv 2507.20534, section 2.1 (QK-Clip: each by sqrt(gamma)).
+        A whole power of two only changes exponents and is kept by itself, so that the inverse call
+        restores every bit. AdamW moves a weight by a fixed amount: weights made smaller by a clip
+        would grow back faster, those behind a smaller factor do not (see LOG.md).
+        Source: Kimi K2, arXiv 2507.20534, section 2.1 (QK-Clip, there on W_Q and W_K).
         """
-        shared = projection.heads.num_kv_heads != projection.heads.num_heads
-        # rounded towards zero, so that the inverse call splits its power the same way
-        on_key = 0 if shared else int(power / 2)
-        projection.scale_head_(head, query=2.0 ** (power - on_key), key=2.0**on_key)
+        self.power[head] += power
+        self._look()
 
 
-def build(heads: Heads, **factory: object) -> Dot:  # noqa: ARG001
+def build(heads: Heads, **factory: object) -> Dot:
     """The score of `heads`; it has no parameters."""
-    return Dot()
+    return Dot(heads, **factory)

@@ -1,8 +1,8 @@
 """Per-head QK-clip: divide one head's logits by a power of two.
 
-logits_h <- logits_h / 2^n, by W_Q and W_K (or the score's temperature), n the least integer that
-brings the largest logit to the bound. Powers of two change exponents only, so undoing is exact and
-needs no copy. Source: Kimi K2, arXiv 2507.20534, section 2.1 (there by sqrt(tau / S_max)).
+logits_h <- logits_h / 2^n, n the least integer that brings the largest logit to the bound, kept by
+the score beside the weights. Powers of two change exponents only, so undoing is exact and needs no
+copy. Source: Kimi K2, arXiv 2507.20534, section 2.1 (there by sqrt(tau / S_max)).
 """
 
 from __future__ import annotations
