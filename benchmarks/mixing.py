@@ -14,7 +14,7 @@ import statistics
 from pathlib import Path
 from typing import NamedTuple
 
-from sixfold import config, record, run
+from sixfold import config, recipe, record, run
 from sixfold.governor.sandbox import interval
 from sixfold.record import Provenance, Result, publish
 
@@ -50,7 +50,7 @@ def loss_of(case: str, overrides: tuple[str, ...], seed: int, runs: Path) -> Tra
     if done:
         folder = done[0]
     else:
-        settings = run.configure(
+        settings = recipe.configure(
             ["nanogpt"], None, (*OFF, *overrides, f"train.seed={seed}", f"name={name}")
         )
         folder, _ = run.train(settings, runs)
@@ -63,9 +63,12 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--runs", type=Path, default=Path("runs/mixing"))
     arguments.add_argument("--seeds", type=int, default=3)
+    arguments.add_argument("--only", nargs="*", help="cases by name; all of them without it")
     given = arguments.parse_args()
-    settings = record.config_hash(config.plain(run.configure(["nanogpt"])))
+    settings = record.config_hash(config.plain(recipe.configure(["nanogpt"])))
     for case, overrides in cases().items():
+        if given.only is not None and case not in given.only:
+            continue
         found = [loss_of(case, overrides, seed, given.runs) for seed in range(given.seeds)]
         losses = [trained.loss for trained in found]
         low, high = interval(losses)

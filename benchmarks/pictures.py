@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from sixfold import run
+from sixfold import recipe, run
 from sixfold.report.compare import picture
 from sixfold.report.terminal import live
 
@@ -20,7 +20,7 @@ SHORT = ("train.steps=300", "train.validate_every=300", "train.device=cpu")
 
 def trained(title: str, presets: list[str], runs: Path, *overrides: str) -> Path:
     """Folder of a run, shown while it trains."""
-    settings = run.configure(presets, None, (*overrides, "train.device=cpu"))
+    settings = recipe.configure(presets, None, (*overrides, "train.device=cpu"))
     with live(title) as view:
         return run.train(settings, runs, view)[0]
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import cross_entropy
 
-from sixfold import MultiHeadAttention, config, record, run
+from sixfold import MultiHeadAttention, config, recipe, record, run
 from sixfold.record import Provenance, Result, publish
 from sixfold.train.loop import View
 
@@ -84,9 +84,9 @@ def layer_rows(rounds: int) -> list[Result]:
     return rows
 
 
-def bare(settings: run.RunConfig, steps: int) -> float:
+def bare(settings: recipe.RunConfig, steps: int) -> float:
     """Seconds per step of the loop a user would write: same model, data and optimizer."""
-    built = run.build(settings)
+    built = recipe.build(settings)
     model, rates = built.model, settings.optimizer
     decay = [p for p in model.parameters() if p.ndim >= 2]
     free = [p for p in model.parameters() if p.ndim < 2]
@@ -111,7 +111,7 @@ def bare(settings: run.RunConfig, steps: int) -> float:
     return statistics.fmean(times[5:])
 
 
-def ours(settings: run.RunConfig, steps: int) -> float:
+def ours(settings: recipe.RunConfig, steps: int) -> float:
     """Seconds per step of `run.train`, from the first step to the last, logs and display included."""
     moments: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -128,8 +128,8 @@ def loop_rows(rounds: int, steps: int) -> list[Result]:
         "train.checkpoint_every=100000",
         "train.device=cpu",
     )
-    governed = run.configure(["demo"], None, quiet)
-    alone = run.configure(["demo"], None, (*quiet, "governor.mode=off"))
+    governed = recipe.configure(["demo"], None, quiet)
+    alone = recipe.configure(["demo"], None, (*quiet, "governor.mode=off"))
     times: dict[str, list[float]] = {"bare": [], "ungoverned": [], "governed": []}
     for _ in range(rounds):
         times["bare"].append(bare(alone, steps))
@@ -191,7 +191,7 @@ def main() -> None:
             f"{row.experiment:<24} {row.case:<26} {row.metric:<34} {row.value:8.3f} {row.unit:<8} ± {row.spread:.3f}"
         )
     if not given.smoke:
-        settings = record.config_hash(config.plain(run.configure(["demo"])))
+        settings = record.config_hash(config.plain(recipe.configure(["demo"])))
         publish(RESULTS, rows, Provenance(0, record.device_name(), record.commit(), settings))
 
 

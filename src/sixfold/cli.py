@@ -100,7 +100,7 @@ def train(*config: str, resume: str | None = None, runs: Runs = Path("runs")) ->
     runs
         Folder that holds the runs.
     """
-    from sixfold import run
+    from sixfold import recipe, run
     from sixfold.errors import ConfigError
     from sixfold.report.terminal import live
 
@@ -114,7 +114,7 @@ def train(*config: str, resume: str | None = None, runs: Runs = Path("runs")) ->
             outcome = run.resume(folder, view)
     else:
         presets, file, overrides = sources(config)
-        settings = run.configure(presets, None if file is None else translated(file), overrides)
+        settings = recipe.configure(presets, None if file is None else translated(file), overrides)
         with live(settings.name) as view:
             folder, outcome = run.train(settings, runs, view)
     if outcome.validation is not None:
@@ -223,9 +223,9 @@ def runs(*, runs: Runs = Path("runs")) -> None:
 @app.command
 def doctor() -> None:
     """Show what this machine has: versions, devices, extras, data sets."""
-    from sixfold import run
+    from sixfold import doctor as machine
 
-    for name, state in run.diagnosis():
+    for name, state in machine.diagnosis():
         console.print(f"{name:<24} {state}", markup=False)
 
 

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
-from sixfold import run
+from sixfold import recipe, run
 from sixfold.errors import Diverged
 from sixfold.train.loop import View
 
@@ -34,7 +34,7 @@ def final_loss(folder: Path) -> float:
     return found[-1] if found else float("nan")
 
 
-def train(title: str, settings: run.RunConfig, runs: Path, view: Display) -> Path:
+def train(title: str, settings: recipe.RunConfig, runs: Path, view: Display) -> Path:
     """Train one run under a view of its own; a run that is destroyed is what was asked for."""
     with view(title) as now:
         try:
@@ -47,10 +47,10 @@ def train(title: str, settings: run.RunConfig, runs: Path, view: Display) -> Pat
 
 def demonstrate(runs: Path, view: Display, overrides: tuple[str, ...] = ()) -> Demonstration:
     """Train the demo, then the same model at a destructive learning rate, alone and governed."""
-    main = train("demo", run.configure(["demo"], None, overrides), runs, view)
+    main = train("demo", recipe.configure(["demo"], None, overrides), runs, view)
     collapse = ("demo", "collapse")
-    off = run.configure(collapse, None, (*overrides, "governor.mode=off", "name=collapse-alone"))
-    on = run.configure(collapse, None, (*overrides, "name=collapse-governed"))
+    off = recipe.configure(collapse, None, (*overrides, "governor.mode=off", "name=collapse-alone"))
+    on = recipe.configure(collapse, None, (*overrides, "name=collapse-governed"))
     alone = train("collapse, alone", off, runs, view)
     governed = train("collapse, governed", on, runs, view)
     report = run.finish(main, compare=(alone, governed))

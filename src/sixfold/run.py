@@ -1,4 +1,4 @@
-"""A configured run: build what the configuration names, train it, and leave a folder behind.
+"""A configured run: train what a recipe builds, and leave a folder behind.
 
 A run's folder holds ``config.json``, ``environment.json``, ``metrics.jsonl``, ``telemetry.jsonl``,
 ``journal.jsonl``, ``checkpoints/``, ``tokenizer.json`` and ``sample.txt`` where there is text, and
@@ -9,199 +9,37 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import importlib.util
 import json
-import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 
 from sixfold import __version__, config, record
-from sixfold.attention.multihead import MultiHeadAttention
 from sixfold.contracts import Dataset
-from sixfold.data._kinds import LabelledExamples, States, TokenStream
-from sixfold.data._root import find
+from sixfold.data._kinds import TokenStream
 from sixfold.data.tokenizer._file import load_tokenizer, save_tokenizer
-from sixfold.discover import load, names, unknown
-from sixfold.errors import CheckpointError, ConfigError, DataMissing
-from sixfold.governor.architect import MODES, LeadMetaArchitect
+from sixfold.errors import CheckpointError, ConfigError
+from sixfold.governor.architect import LeadMetaArchitect
 from sixfold.governor.journal import JOURNAL, TELEMETRY
-from sixfold.governor.limits import ActionLimits, AlarmLimits, Limits, preset
 from sixfold.governor.replay import Replay
 from sixfold.governor.replay import replay as decide_again
+from sixfold.models import parameters
 from sixfold.models.language import LanguageModel
+from sixfold.recipe import Built, GovernorSettings, RunConfig, build, read_config
 from sixfold.report.html import write_report
 from sixfold.train import checkpoint
 from sixfold.train.distributed import World, world
-from sixfold.train.loop import Outcome, Progress, Training, TrainSettings, View, fit
+from sixfold.train.loop import Outcome, Progress, Training, View, fit
 from sixfold.train.objective import UNITS
-from sixfold.train.optimizer import OptimizerSettings, build_optimizer
+from sixfold.train.optimizer import build_optimizer
 
 UNSEEN = View()
-PRESETS = Path(__file__).parent / "presets"
-
-
-@dataclass(frozen=True)
-class GovernorSettings:
-    """Whether and how a run is governed; `alarms` and `actions` change single limits."""
-
-    mode: str = "act"
-    limits: str = "default"
-    every: int = 10
-    alarms: dict[str, Any] = field(default_factory=dict)
-    actions: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.mode not in (*MODES, "off"):
-            raise ValueError(unknown("governor.mode", self.mode, (*MODES, "off")))
-        self.resolve()
-
-    def resolve(self) -> Limits:
-        """The preset with the single limits changed."""
-        base = preset(self.limits)
-        alarms = config.plain(base.alarms) | self.alarms
-        actions = config.plain(base.actions) | self.actions
-        return Limits(
-            config.build(AlarmLimits, alarms, "configuration", "governor.alarms."),
-            config.build(ActionLimits, actions, "configuration", "governor.actions."),
-        )
-
-
-@dataclass(frozen=True)
-class TrackSettings:
-    """Other places the metrics go: TensorBoard events, an MLflow tracking URI."""
-
-    tensorboard: bool = False
-    mlflow: str | None = None
-
-    def names(self) -> list[str]:
-        """The trackers that are wanted, by their file in ``sixfold.integrations``."""
-        wanted = {"tensorboard": self.tensorboard, "mlflow": self.mlflow is not None}
-        return [name for name, on in wanted.items() if on]
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Everything a run is made from.
-
-    `model`, `attention` and `data` name a variant and its options; they are checked against what
-    the variant takes.
-    """
-
-    name: str = "run"
-    model: dict[str, Any] = field(default_factory=lambda: {"kind": "language"})
-    attention: dict[str, Any] = field(default_factory=lambda: {"num_heads": 4})
-    data: dict[str, Any] = field(default_factory=lambda: {"name": "shakespeare"})
-    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
-    train: TrainSettings = field(default_factory=TrainSettings)
-    governor: GovernorSettings = field(default_factory=GovernorSettings)
-    track: TrackSettings = field(default_factory=TrackSettings)
-
-
-class Built(NamedTuple):
-    """A model and the data it is made for."""
-
-    model: nn.Module
-    dataset: Any
-
-
-def configure(
-    presets: Sequence[str] = (),
-    file: Path | Mapping[str, Any] | None = None,
-    overrides: Sequence[str] = (),
-) -> RunConfig:
-    """Presets in order, then a file (or what one held), then ``section.key=value`` overrides.
-
-    Raises ConfigError for anything that is not understood.
-    """
-    values: dict[str, Any] = {}
-    sources = []
-    known = sorted(path.stem for path in PRESETS.glob("*.toml"))
-    for name in presets:
-        if name not in known:
-            raise ConfigError(unknown("preset", name, known))
-        values = config.merge(values, config.read(PRESETS / f"{name}.toml"))
-        sources.append(f"preset {name}")
-    if file is not None:
-        values = config.merge(values, config.read(file) if isinstance(file, Path) else file)
-        sources.append(str(file) if isinstance(file, Path) else "file")
-    for assignment in overrides:
-        values = config.override(values, assignment)
-        sources.append(assignment)
-    return config.build(RunConfig, values, ", ".join(sources) or "defaults")
-
-
-def build_dataset(settings: Mapping[str, Any]) -> Any:
-    """The data set that ``[data]`` names."""
-    options = dict(settings)
-    try:
-        loader = load("sixfold.data", options.pop("name", "shakespeare"))
-    except ValueError as error:
-        raise ConfigError(f"data.name: {error}") from error
-    return loader(**config.check_call(loader, options, "configuration", "data"))
-
-
-def sizes_of(dataset: Dataset, kind: str) -> dict[str, int]:
-    """What a model must know of its data.
-
-    Raises ConfigError where the kind of model cannot be trained on the data.
-    """
-    if isinstance(dataset, TokenStream) and kind == "language":
-        return {"vocab_size": dataset.vocab_size, "context": dataset.context}
-    if isinstance(dataset, LabelledExamples):
-        inputs, classes = dataset.train.inputs, dataset.num_classes
-        if kind == "vision" and inputs.ndim == 4:
-            return {
-                "image_size": inputs.shape[-1],
-                "channels": inputs.shape[1],
-                "num_classes": classes,
-            }
-        if kind == "classifier" and dataset.tokenizer is not None:
-            length = inputs.shape[1]
-            return {
-                "vocab_size": dataset.tokenizer.vocab_size,
-                "context": length,
-                "num_classes": classes,
-            }
-    if isinstance(dataset, States) and kind == "simulator":
-        return {
-            "channels": dataset.train.inputs.shape[1],
-            "grid_size": dataset.train.inputs.shape[-1],
-        }
-    raise ConfigError(
-        f"model.kind {kind!r} cannot be trained on {type(dataset).__name__} data; "
-        "language goes with text, vision with images, classifier with labelled text, simulator "
-        "with states"
-    )
-
-
-def build(settings: RunConfig) -> Built:
-    """Data and a model of fresh weights."""
-    dataset = build_dataset(settings.data)
-    options = dict(settings.model)
-    kind = options.pop("kind", "language")
-    try:
-        make = load("sixfold.models", kind)
-    except ValueError as error:
-        raise ConfigError(f"model.kind: {error}") from error
-    sizes = sizes_of(dataset, kind)
-    source, taken = "configuration", {*sizes, "attention"}
-    attention = config.check_call(
-        MultiHeadAttention, settings.attention, source, "attention", {"d_model"}
-    )
-    options = config.check_call(make, options, source, "model", taken)
-    torch.manual_seed(settings.train.seed)
-    try:
-        return Built(make(**sizes, **options, attention=attention), dataset)
-    except ValueError as error:
-        raise ConfigError(f"configuration: {error}") from error
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -359,22 +197,6 @@ def header_of(settings: RunConfig, dataset: Dataset, folder: Path, here: World) 
     }  # fmt: skip
 
 
-def parameters(model: nn.Module) -> int:
-    """Trained numbers of a model."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
-def read_config(folder: Path) -> RunConfig:
-    """The configuration of a run.
-
-    Raises FileNotFoundError where there is no run.
-    """
-    path = folder / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(f"{folder} holds no run: there is no {path.name} in it")
-    return config.build(RunConfig, config.read(path), str(path))
-
-
 def load_run(folder: Path | str) -> Built:
     """The trained model of a run, from its newest checkpoint, and its data.
 
@@ -470,48 +292,6 @@ def overview(runs: Path) -> Iterator[tuple[str, ...]]:
             str(kinds.count("change")) if journal.exists() else "-",
             header["header"]["config_hash"], header["header"]["commit"],
         )  # fmt: skip
-
-
-EXTRAS = {
-    "cli": ("cyclopts", "rich", "jinja2", "matplotlib", "pyarrow"),
-    "text": ("tokenizers",),
-    "images": ("sklearn",),
-    "tensorboard": ("tensorboard",),
-    "mlflow": ("mlflow",),
-}
-
-
-def diagnosis() -> Iterator[tuple[str, str]]:
-    """What this machine has: versions, devices, extras and data sets."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    facts = environment(torch.device("cpu"))
-    yield from (
-        (name, str(facts[name])) for name in ("sixfold", "commit", "python", "platform", "torch")
-    )
-    yield "device", facts["device"]
-    yield "threads", f"{facts['threads']} used by torch"
-    yield "accelerator", "none" if found is None else found.type
-    for extra, packages in EXTRAS.items():
-        missing = [name for name in packages if importlib.util.find_spec(name) is None]
-        yield (
-            f"extra {extra}",
-            f"missing: pip install 'sixfold[{extra}]'" if missing else "installed",
-        )
-    root = os.environ.get("SIXFOLD_DATA")
-    yield "SIXFOLD_DATA", root or "not set; bundled text, digits and generated physics still work"
-    for name in names("sixfold.data"):
-        yield f"data {name}", availability(name)
-
-
-def availability(name: str) -> str:
-    """Whether the files of a data set are here; sets without files are bundled or generated."""
-    module = importlib.import_module(f"sixfold.data.{name}")
-    try:
-        for file in vars(module).get("FILES", ()):
-            find(file, module.HOME)
-    except DataMissing as error:
-        return str(error)
-    return "found"
 
 
 def rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sixfold import run
+from sixfold import recipe, run
 from sixfold.compat.hamha import cli
 
 SYSTEM = {
@@ -60,7 +60,7 @@ def test_train_follows_the_system_configuration_and_goes_on(capsys):
     assert not told(capsys.readouterr().out)
     (folder,) = Path("runs").iterdir()
     assert train_steps(folder) == [1, 2, 3]
-    settings = run.read_config(folder)
+    settings = recipe.read_config(folder)
     assert settings.governor.resolve().alarms.condition == 55.0
     assert settings.governor.resolve().actions.entropy_coefficient == 0.02
     assert (settings.model["d_model"], settings.attention["num_heads"]) == (28, 7)

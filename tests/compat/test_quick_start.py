@@ -29,7 +29,7 @@ from sixfold.compat.hamha.training_integration import (
 )
 from sixfold.compat.lma import architect
 from sixfold.errors import ConfigError
-from sixfold.run import configure
+from sixfold.recipe import configure
 
 CLOSE = {"rtol": 0, "atol": 1e-12}
 PNG = b"\x89PNG\r\n\x1a\n"

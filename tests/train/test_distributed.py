@@ -15,7 +15,7 @@ SETTINGS = (
     "model.d_model=28", "attention.num_heads=7", "attention.mixer=hexagonal", "data.context=16",
     "train.device=cpu",
 )  # fmt: skip
-CODE = "import sys; from sixfold import run; run.train(run.configure((), None, sys.argv[2:]), sys.argv[1])"
+CODE = "import sys; from sixfold import recipe, run; run.train(recipe.configure((), None, sys.argv[2:]), sys.argv[1])"
 
 
 def train(launcher: list[str], runs: Path, *more: str) -> dict[str, torch.Tensor]:

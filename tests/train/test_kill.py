@@ -22,7 +22,7 @@ SETTINGS = (
     "optimizer.learning_rate=0.05", "governor.alarms.logit_critical=6.0",
     "governor.alarms.logit_warning=4.0", "governor.actions.clip_to=3.0",
 )  # fmt: skip
-START = "import sys; from sixfold import run; run.train(run.configure((), None, sys.argv[2:]), sys.argv[1])"
+START = "import sys; from sixfold import recipe, run; run.train(recipe.configure((), None, sys.argv[2:]), sys.argv[1])"
 RESUME = "import sys; from sixfold import run; run.resume(sys.argv[1])"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sixfold import cli, run
+from sixfold import cli, recipe, run
 from sixfold.train import checkpoint
 
 SMALL = (
@@ -91,10 +91,10 @@ def test_a_system_config_is_understood(runs):
         "train.device=cpu",
     )
     assert sixfold("train", "config.json", *more) == 0
-    values = run.read_config(next(runs.iterdir()))
+    values = recipe.read_config(next(runs.iterdir()))
     assert values.governor.resolve().alarms.condition == 50.0
     assert values.attention["mixer"] == "hexagonal"
-    built = run.build(values)
+    built = recipe.build(values)
     assert built.model.blocks[0].attention.grid.radius == 1
 
 

@@ -73,7 +73,7 @@ def test_python_blocks_run(code, capsys):
 
 @pytest.mark.parametrize("code", blocks("toml"))
 def test_toml_blocks_are_configurations(code, tmp_path):
-    from sixfold.run import configure
+    from sixfold.recipe import configure
 
     (tmp_path / "block.toml").write_text(code)
     assert configure((), tmp_path / "block.toml").name == "mine"

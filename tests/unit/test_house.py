@@ -13,7 +13,7 @@ import pytest
 import sixfold
 from sixfold import discover
 from sixfold.governor.limits import ActionLimits, AlarmLimits
-from sixfold.run import GovernorSettings, RunConfig
+from sixfold.recipe import GovernorSettings, RunConfig
 from sixfold.train.loop import TrainSettings
 from sixfold.train.optimizer import OptimizerSettings
 
@@ -98,6 +98,6 @@ def test_names_are_files_and_load_finds_build():
 
 @pytest.mark.parametrize("preset", sorted(p.stem for p in (SOURCE / "presets").glob("*.toml")))
 def test_presets_are_configurations(preset):
-    from sixfold.run import configure
+    from sixfold.recipe import configure
 
     assert configure([preset]).name == preset

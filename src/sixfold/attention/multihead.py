@@ -76,13 +76,7 @@ def visibility_of(
                 f"key_mask must be boolean (True = a real key) of shape (b, m) = {(batch, m)}, "
                 f"got {key_mask.dtype} {tuple(key_mask.shape)}"
             )
-        keys = key_mask[:, None, None, :]
-        if attn_mask is None:
-            attn_mask = keys
-        elif attn_mask.dtype == torch.bool:
-            attn_mask = attn_mask & keys
-        else:
-            attn_mask = attn_mask.masked_fill(~keys, float("-inf"))
+        attn_mask = reference.restrict(attn_mask, key_mask[:, None, None, :])
     return Visibility(attn_mask, is_causal)
 
 

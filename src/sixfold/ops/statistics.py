@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sixfold.contracts import Features, Observation, Visibility
-from sixfold.ops.attend.reference import logits
+from sixfold.ops.attend.reference import logits, restrict
 
 QUERIES = 64
 
@@ -24,12 +24,7 @@ def sampled(observation: Observation, queries: int = QUERIES) -> Observation:
         mask = mask if mask.shape[-2] == 1 else mask[..., rows, :]
     if is_causal:
         earlier = torch.arange(m, device=device) <= rows[:, None] + (m - n)
-        if mask is None:
-            mask = earlier
-        elif mask.dtype == torch.bool:
-            mask = mask & earlier
-        else:
-            mask = mask.masked_fill(~earlier, float("-inf"))
+        mask = restrict(mask, earlier)
     features = Features(query[:1, :, rows], key[:1], scale)
     return Observation(features, Visibility(mask, is_causal=False))
 

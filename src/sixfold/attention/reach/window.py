@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sixfold.contracts import Heads, Visibility
-from sixfold.ops.attend.reference import visible
+from sixfold.ops.attend.reference import restrict, visible
 
 
 class Window(nn.Module):
@@ -25,12 +25,7 @@ class Window(nn.Module):
         """The caller's mask, and the band."""
         distance = torch.arange(m - n, m, device=device)[:, None] - torch.arange(m, device=device)
         band = distance.abs() < self.width
-        allowed = visible(visibility, n, m, device)
-        if allowed is None:
-            return Visibility(band, is_causal=False)
-        if allowed.dtype == torch.bool:
-            return Visibility(allowed & band, is_causal=False)
-        return Visibility(allowed.masked_fill(~band, float("-inf")), is_causal=False)
+        return Visibility(restrict(visible(visibility, n, m, device), band), is_causal=False)
 
     def extra_repr(self) -> str:
         """Shown in the module's printout."""

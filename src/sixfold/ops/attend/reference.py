@@ -8,16 +8,21 @@ from torch import Tensor
 from sixfold.contracts import Features, Visibility
 
 
+def restrict(mask: Tensor | None, allowed: Tensor) -> Tensor:
+    """A mask, boolean or float or none, narrowed to where `allowed` (boolean) is True."""
+    if mask is None:
+        return allowed
+    if mask.dtype == torch.bool:
+        return mask & allowed
+    return mask.masked_fill(~allowed, float("-inf"))
+
+
 def visible(visibility: Visibility, n: int, m: int, device: torch.device) -> Tensor | None:
     """The mask as one tensor broadcastable to (b, h, n, m); causality is lower-right aligned."""
     if not visibility.is_causal:
         return visibility.mask
     causal = torch.ones(n, m, dtype=torch.bool, device=device).tril(m - n)
-    if visibility.mask is None:
-        return causal
-    if visibility.mask.dtype == torch.bool:
-        return visibility.mask & causal
-    return visibility.mask.masked_fill(~causal, float("-inf"))
+    return restrict(visibility.mask, causal)
 
 
 def logits(features: Features, visibility: Visibility) -> Tensor:
