@@ -332,8 +332,11 @@ def test_a_context_has_no_cache_and_no_rope(make, tokens):
 def test_a_hypernetwork_refuses_masks_it_cannot_serve(make, tokens):
     layer = make({"projection": "hypernetwork"})
     x, context = tokens(2, 3), tokens(2, 4, seed=1)
+    differs = torch.ones(2, 7, 3, 3, dtype=torch.bool)
+    torch.testing.assert_close(layer(x, attn_mask=differs), layer(x), **CLOSE)
+    differs[:, 3, :, 0] = False
     with pytest.raises(ValueError, match=r"'hypernetwork'.*attn_mask that differs between heads"):
-        layer(x, attn_mask=torch.ones(2, 7, 3, 3, dtype=torch.bool))
+        layer(x, attn_mask=differs)
     for kwargs in ({"is_causal": True}, {"attn_mask": torch.ones(3, 4, dtype=torch.bool)}):
         with pytest.raises(ValueError, match="'hypernetwork' cannot serve cross-attention"):
             layer(x, context, **kwargs)

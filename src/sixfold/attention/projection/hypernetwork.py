@@ -26,7 +26,8 @@ BASIS, HIDDEN = 4, 64
 def summaries(tokens: Tensor, visibility: Visibility, n: int) -> Tensor:
     """Mean of the tokens each of the last n positions may see: (b, n or 1, d_model).
 
-    Raises ValueError for masks that differ between heads: one summary serves all of them.
+    Raises ValueError where heads see different tokens: one summary serves all of them. Float masks
+    may differ between heads as long as they hide the same.
     """
     if visibility.mask is None and not visibility.is_causal:
         return tokens.mean(1, keepdim=True)
@@ -34,13 +35,15 @@ def summaries(tokens: Tensor, visibility: Visibility, n: int) -> Tensor:
         count = torch.arange(1, tokens.shape[1] + 1, device=tokens.device, dtype=tokens.dtype)
         return (tokens.cumsum(1) / count[:, None])[:, -n:]
     mask = visible(visibility, n, tokens.shape[1], tokens.device)
-    if mask.ndim > 2 and mask.shape[-3] > 1:
-        raise ValueError(
-            "projection 'hypernetwork' cannot serve an attn_mask that differs between heads: "
-            f"one summary of the visible tokens serves all of them; got mask {tuple(mask.shape)}"
-        )
     seen = mask if mask.dtype == torch.bool else ~mask.isneginf()
-    seen = (seen[:, 0] if seen.ndim == 4 else seen).to(tokens.dtype)
+    if seen.ndim == 4:
+        if seen.shape[1] > 1 and not torch.equal(seen, seen[:, :1].expand_as(seen)):
+            raise ValueError(
+                "projection 'hypernetwork' cannot serve an attn_mask that differs between heads: one "
+                f"summary of the visible tokens serves all of them; got mask {tuple(mask.shape)}"
+            )
+        seen = seen[:, 0]
+    seen = seen.to(tokens.dtype)
     seen = seen.expand(*seen.shape[:-1], tokens.shape[1])
     return (seen @ tokens) / seen.sum(-1, keepdim=True).clamp(min=1)
 
