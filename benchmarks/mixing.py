@@ -78,7 +78,7 @@ def main() -> None:
             Result("mixing", case, "validation loss", mean, "nats/char", half, given.seeds),
             Result("mixing", case, "parameters", float(size), "1", 0.0, given.seeds),
         ]
-        publish(RESULTS, rows, Provenance(0, record.device_name(), found[0].commit, settings))
+        publish(RESULTS, rows, Provenance(record.device_name(), found[0].commit, settings))
 
 
 if __name__ == "__main__":

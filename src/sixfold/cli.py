@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from sixfold import __version__
-from sixfold.errors import Explained, Interrupted
+from sixfold.errors import ConfigError, Explained, Interrupted
 
 try:
     from cyclopts import App, Parameter
@@ -51,6 +51,8 @@ def sources(words: tuple[str, ...]) -> tuple[list[str], Path | None, list[str]]:
         if equals:
             overrides.append(word)
         elif Path(word).suffix in (".toml", ".json"):
+            if file is not None:
+                raise ConfigError(f"one configuration file at a time: {file} or {word}")
             file = Path(word)
         else:
             presets.append(word)
@@ -101,8 +103,8 @@ def train(*config: str, resume: str | None = None, runs: Runs = Path("runs")) ->
         Folder that holds the runs.
     """
     from sixfold import recipe, run
-    from sixfold.errors import ConfigError
     from sixfold.report.terminal import live
+    from sixfold.train.distributed import leads
 
     if resume is not None:
         if config:
@@ -117,6 +119,8 @@ def train(*config: str, resume: str | None = None, runs: Runs = Path("runs")) ->
         settings = recipe.configure(presets, None if file is None else translated(file), overrides)
         with live(settings.name) as view:
             folder, outcome = run.train(settings, runs, view)
+    if not leads():
+        return
     if outcome.validation is not None:
         console.print(f"validation loss {outcome.validation.loss:.4f} after {outcome.step} steps")
     console.print(f"run     {folder}\nreport  {run.finish(folder)}")
@@ -126,7 +130,7 @@ def train(*config: str, resume: str | None = None, runs: Runs = Path("runs")) ->
 def generate(
     name: RunName = "last",
     *,
-    prompt: str = "\n",
+    prompt: str | None = None,
     tokens: int = 300,
     temperature: float = 0.8,
     top_k: int | None = None,
@@ -137,7 +141,7 @@ def generate(
     """Continue a text with a trained language model, as it is drawn."""
     from sixfold import run
 
-    console.print(prompt.lstrip("\n"), end="", markup=False)
+    console.print(prompt or "", end="", markup=False)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     for piece in run.generate(find(name, runs), prompt, tokens, seed=seed, **sampling):
         console.print(piece, end="", markup=False)

@@ -46,12 +46,13 @@ def train(title: str, settings: recipe.RunConfig, runs: Path, view: Display) -> 
 
 
 def demonstrate(runs: Path, view: Display, overrides: tuple[str, ...] = ()) -> Demonstration:
-    """Train the demo, then the same model at a destructive learning rate, alone and governed."""
-    main = train("demo", recipe.configure(["demo"], None, overrides), runs, view)
+    """The demo's model at a destructive learning rate, alone and governed; then as it should be."""
     collapse = ("demo", "collapse")
     off = recipe.configure(collapse, None, (*overrides, "governor.mode=off", "name=collapse-alone"))
     on = recipe.configure(collapse, None, (*overrides, "name=collapse-governed"))
     alone = train("collapse, alone", off, runs, view)
     governed = train("collapse, governed", on, runs, view)
+    # last, so that "last" is what people want to go on with
+    main = train("demo", recipe.configure(["demo"], None, overrides), runs, view)
     report = run.finish(main, compare=(alone, governed))
     return Demonstration(main, report, final_loss(main), final_loss(alone), final_loss(governed))

@@ -37,6 +37,8 @@ class GovernorSettings:
     def __post_init__(self) -> None:
         if self.mode not in (*MODES, "off"):
             raise ValueError(unknown("governor.mode", self.mode, (*MODES, "off")))
+        if self.every < 1:
+            raise ValueError(f"governor.every must be 1 or more, got {self.every}")
         self.resolve()
 
     def resolve(self) -> Limits:
@@ -79,6 +81,10 @@ class RunConfig:
     train: TrainSettings = field(default_factory=TrainSettings)
     governor: GovernorSettings = field(default_factory=GovernorSettings)
     track: TrackSettings = field(default_factory=TrackSettings)
+
+    def __post_init__(self) -> None:
+        if not self.name or self.name != Path(self.name).name:
+            raise ValueError(f"name must be one part of a path, got {self.name!r}")
 
 
 class Built(NamedTuple):

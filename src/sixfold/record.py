@@ -35,7 +35,6 @@ COLUMNS = (
 class Provenance:
     """Where numbers come from."""
 
-    seed: int
     device: str
     commit: str
     config_hash: str
@@ -61,12 +60,16 @@ def commit() -> str:
     if not (root / ".git").exists():
         return "unversioned"
     git = ["git", "-C", str(root)]
-    found = subprocess.run(
-        [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True
-    )
-    if found.returncode != 0:
+    try:
+        found = subprocess.run(
+            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+        )
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "src"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        # no git on this machine, or a repository it does not trust
         return "unversioned"
-    changed = subprocess.run([*git, "status", "--porcelain", "src"], capture_output=True, text=True)
     return found.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 

@@ -133,6 +133,8 @@ def go(
         if here.leads
     ]
 
+    view = view if here.leads else UNSEEN
+
     def shown(now: Progress) -> None:
         for call in (view.step, *trackers):
             call(now)
@@ -146,12 +148,13 @@ def go(
     began = time.monotonic()
     with stack:
         try:
-            return fit(training, saved)
+            outcome = fit(training, saved)
         finally:
             if governor is not None:
                 governor.detach()
-            if here.leads:
-                note_time(folder, time.monotonic() - began)
+    if here.leads:
+        note_time(folder, time.monotonic() - began)
+    return outcome
 
 
 def note_time(folder: Path, seconds: float) -> None:
@@ -198,7 +201,7 @@ def header_of(settings: RunConfig, dataset: Dataset, folder: Path, here: World) 
 
 
 def load_run(folder: Path | str) -> Built:
-    """The trained model of a run, from its newest checkpoint, and its data.
+    """The trained model of a run and its data: the newest weights, the best after an early stop.
 
     Raises CheckpointError where there is no checkpoint, or a damaged or foreign one.
     """
@@ -207,19 +210,32 @@ def load_run(folder: Path | str) -> Built:
     saved = checkpoint.latest(folder / "checkpoints")
     if saved is None:
         raise CheckpointError(f"{folder} has no checkpoint yet")
+    if saved.state["stopped_early"]:
+        saved = checkpoint.verify(checkpoint.place(folder / "checkpoints", saved.state["best"][1]))
     checkpoint.load_model(saved, built.model)
     return built
 
 
 def generate(
-    folder: Path | str, prompt: str, max_new_tokens: int, *, seed: int = 0, **sampling: Any
+    folder: Path | str,
+    prompt: str | None,
+    max_new_tokens: int,
+    *,
+    seed: int = 0,
+    **sampling: Any,
 ) -> Iterator[str]:
-    """Text that a trained language model continues `prompt` with, piece by piece."""
+    """Text that a trained language model continues `prompt` with, piece by piece.
+
+    Without a prompt it continues the first token of the validation text.
+    """
     built = load_run(folder)
     if not isinstance(built.model, LanguageModel):
         raise ConfigError(f"{folder} is not a language model: it has no text to continue")
     tokenizer = load_tokenizer(Path(folder) / "tokenizer.json")
-    tokens = torch.as_tensor(tokenizer.encode(prompt))[None]
+    if prompt is None:
+        tokens = built.dataset.validation[None, :1]
+    else:
+        tokens = torch.as_tensor(tokenizer.encode(prompt))[None]
     if tokens.shape[1] == 0:
         raise ConfigError("the prompt is empty; give at least one character")
     generator = torch.Generator().manual_seed(seed)
@@ -231,16 +247,19 @@ def generate(
 
 
 def decode_stream(tokenizer: Any, drawn: Iterator[Tensor]) -> Iterator[str]:
-    """Decode tokens as they come; a character that spans tokens waits until it is whole."""
-    waiting: list[int] = []
+    """Decode tokens as they come; a character that spans tokens waits until it is whole.
+
+    The whole is decoded each time: what a token reads as may depend on the one before it.
+    """
+    tokens: list[int] = []
+    shown = ""
     for token in drawn:
-        waiting.append(int(token))
-        text = tokenizer.decode(waiting)
+        tokens.append(int(token))
+        text = tokenizer.decode(tokens)
         if not text.endswith("\ufffd"):
-            yield text
-            waiting = []
-    if waiting:
-        yield tokenizer.decode(waiting)
+            yield text[len(shown) :]
+            shown = text
+    yield tokenizer.decode(tokens)[len(shown) :]
 
 
 SAMPLE = 600
@@ -250,7 +269,7 @@ def finish(folder: Path | str, compare: Sequence[Path] = ()) -> Path:
     """Draw a sample where there is text, and write the report."""
     folder = Path(folder)
     if (folder / "tokenizer.json").exists():
-        text = "".join(generate(folder, "\n", SAMPLE, temperature=0.8))
+        text = "".join(generate(folder, None, SAMPLE, temperature=0.8))
         (folder / "sample.txt").write_text(text)
     return write_report(folder, compare)
 

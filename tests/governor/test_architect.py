@@ -170,6 +170,26 @@ def test_the_penalty_is_the_entropy_term_and_moves_the_entropy():
     assert governor.penalty() is None
 
 
+def test_a_term_that_is_not_added_to_the_loss_is_a_warning():
+    model, optimizer = model_and_optimizer()
+    governor = LeadMetaArchitect(model, optimizer)
+    entropy_term.build(HeadId(0, 1), 0.9, 1.0, 50, 20).apply(governor)
+    governor.process_step(1.0)
+    model(torch.randint(0, 11, (1, 8)))
+    with pytest.warns(UserWarning, match="penalty.. was not added to the loss"):
+        governor.process_step(1.0)
+
+
+def test_statistics_stay_in_float32_under_autocast():
+    model, optimizer = model_and_optimizer()
+    governor = LeadMetaArchitect(model, optimizer, every=1)
+    tokens = torch.randint(0, 11, (2, 16))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(tokens)
+    values = governor.process_step(1.0).snapshot.signals["max_logit"][0]
+    assert any(value != torch.tensor(value, dtype=torch.bfloat16).item() for value in values)
+
+
 def test_observe_tells_and_touches_nothing():
     bare, moved = model_and_optimizer(0.05)
     alone = train(bare, moved, None, 20)

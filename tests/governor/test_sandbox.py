@@ -5,8 +5,9 @@ import torch
 
 from sixfold.contracts import Expectation, HeadId
 from sixfold.data import shakespeare
+from sixfold.governor import sandbox
 from sixfold.governor.architect import LeadMetaArchitect
-from sixfold.governor.protocols import qk_clip
+from sixfold.governor.protocols import entropy_term, qk_clip
 from sixfold.governor.sandbox import T95, interval, paired_effect
 from sixfold.models.language import LanguageModel
 from sixfold.train.loop import Training, TrainSettings, fit
@@ -68,6 +69,30 @@ def test_a_harmful_change_is_proven_harmful(tmp_path):
     assert effect.mean > 0
     assert effect.interval[0] > 0
     assert len(effect.without) == 4
+
+
+def test_an_entropy_term_is_in_force_inside_its_fork_only(tmp_path):
+    run, governor = run_and_governor(tmp_path)
+    term = entropy_term.build(HeadId(0, 3), floor=1.5, coefficient=50.0, lasts=200, within=100)
+    effect = paired_effect(run, governor, term, start=20, steps=4, forks=2)
+    assert effect.with_change != effect.without
+    assert not governor.terms
+    assert governor.penalty() is None
+
+
+def test_forks_follow_the_schedule(tmp_path, monkeypatch):
+    run, governor = run_and_governor(tmp_path)
+    rates = []
+    whole = sandbox.train_step
+    monkeypatch.setattr(
+        sandbox,
+        "train_step",
+        lambda model, optimizer, *rest: (
+            rates.append(optimizer.param_groups[0]["lr"]), whole(model, optimizer, *rest)
+        )[1],
+    )  # fmt: skip
+    paired_effect(run, governor, clip(0, 1), start=7, steps=2, forks=1)
+    assert rates == [run.rates.rate(step, 30) for step in (7, 8)] * 2
 
 
 def test_the_interval_is_students(tmp_path):

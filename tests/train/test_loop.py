@@ -151,6 +151,10 @@ def test_early_stop_keeps_the_best_checkpoint(training, tmp_path):
     kept = [number for number, _ in checkpoint.steps(tmp_path / "checkpoints")]
     assert outcome.best[1] in kept
     assert len(kept) <= 3
+    again = training(steps=200, validate_every=2, checkpoint_every=2, patience=2)
+    ended = fit(again, checkpoint.latest(tmp_path / "checkpoints"))
+    assert ended.stopped_early
+    assert ended.step == outcome.step
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -197,6 +201,10 @@ def test_bf16_trains_close_to_fp32(training, tmp_path):
     [
         ({"precision": "fp8"}, "train.precision 'fp8'; choose from: bf16, fp32"),
         ({"steps": 0}, "train.steps must be 1 or more"),
+        ({"clip_norm": -1.0}, "train.clip_norm must be positive"),
+        ({"patience": 0}, "train.patience must be 1 or more"),
+        ({"seed": -1}, "train.seed must be 0 or more"),
+        ({"device": "gpu"}, "choose from: auto, cpu, cuda, mps"),
         ({"batch_size": 5, "accumulation": 2}, "not a multiple of train.accumulation 2"),
     ],
 )
@@ -236,3 +244,11 @@ def test_metrics_on_a_full_disk_are_an_error_that_names_the_file(training, tmp_p
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"cannot write .*metrics.jsonl: No space left"):
         fit(training())
+
+
+def test_training_works_in_a_thread(training):
+    from concurrent.futures import ThreadPoolExecutor
+
+    run = training(steps=2)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(fit, run).result().step == 2

@@ -110,6 +110,15 @@ def test_resume_goes_on_and_refuses_another_configuration(trained, capsys):
     assert "keeps the run's own configuration; drop train.steps=9" in capsys.readouterr().err
 
 
+def test_a_corpus_without_line_breaks_ends_with_a_report(runs):
+    Path("line.txt").write_text("the quick brown fox jumps over the lazy dog " * 30)
+    more = ("data.name=corpus", "data.path=line.txt", "data.tokenizer=words")
+    assert sixfold("train", *SMALL, *more) == 0
+    folder = next(runs.iterdir())
+    assert (folder / "report.html").exists()
+    assert " " in (folder / "sample.txt").read_text()
+
+
 def test_generate_is_repeatable_and_streams(trained, capsys):
     for _ in range(2):
         assert sixfold("generate", "--prompt", "The", "--tokens", "12", "--seed", "3") == 0
@@ -174,6 +183,12 @@ def test_runs_and_doctor(trained, capsys):
         (("train.precision=fp8",), "choose from: bf16, fp32"),
         (("governor.mode=atc",), "choose from: act, observe, off"),
         (("governor.alarms={logit_critcal=3}",), "unknown key of governor.alarms 'logit_critcal'"),
+        (("governor.every=0",), "governor.every must be 1 or more"),
+        (("governor.actions={clip_to=0.0}",), "clip_to must be positive"),
+        (("optimizer.beta1=2.0",), "optimizer.beta1 must be in"),
+        (("optimizer.warmup=-5",), "optimizer.warmup must be 0 or more"),
+        (("name=a/b",), "name must be one part of a path"),
+        (("a.toml", "b.toml"), "one configuration file at a time"),
         (("demmo",), "unknown preset 'demmo'.*Did you mean 'demo'"),
         (("missing.toml",), "cannot read missing.toml: No such file"),
         (("train.batch_size=5", "train.accumulation=2"), "not a multiple"),
@@ -183,7 +198,7 @@ def test_runs_and_doctor(trained, capsys):
 def test_what_cannot_be_meant_is_one_clear_sentence(runs, capsys, words, message):
     import re
 
-    small = () if words[0] in ("--resume", "demmo", "missing.toml") else SMALL[:1]
+    small = () if words[0] in ("--resume", "demmo", "missing.toml", "a.toml") else SMALL[:1]
     assert sixfold("train", *small, *words) == 1
     said = capsys.readouterr().err
     assert said.startswith("sixfold: ")

@@ -53,7 +53,7 @@ def test_floats_survive_a_log_to_the_bit(tmp_path):
 
 
 def test_published_rows_carry_their_origin_and_replace_their_like(tmp_path):
-    path, origin = tmp_path / "r.csv", Provenance(0, "cpu: test", "abc", "123")
+    path, origin = tmp_path / "r.csv", Provenance("cpu: test", "abc", "123")
     publish(
         path,
         [

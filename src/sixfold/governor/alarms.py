@@ -107,10 +107,15 @@ def remember(samples: tuple[Any, ...], snapshot: Snapshot, signal: str) -> tuple
 
 
 def cleared(key: tuple[str, str, int, int], snapshot: Snapshot, limits: AlarmLimits) -> bool:
-    """Whether a raised alarm about logits is over; others are over when their rule is silent."""
+    """Whether a raised alarm whose rule is silent is over: not while its signal is not measured.
+
+    Logits have a hysteresis on top.
+    """
     level, signal, layer, head = key
     if signal != "max_logit":
-        return True
+        return any(
+            signal in found for found in (snapshot.signals, snapshot.scalars, snapshot.times_us)
+        )
     value = snapshot.signal(signal, HeadId(layer, head))
     limit = limits.logit_critical if level == "critical" else limits.logit_warning
     return value is None or limit is None or value < CLEAR * limit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -89,11 +90,11 @@ class LeadMetaArchitect:
         self.telemetry = Telemetry()
         self.terms: dict[HeadId, tuple[float, float]] = {}
         self.state, self.now, self._resting = State(), 0, False
-        self.journal: list[dict[str, Any]] = []
+        self.journal: deque[dict[str, Any]] = deque(maxlen=REMEMBERED)
         self.logs = journal.open_logs(folder, self.layers, self.grid, self.limits, positions or {})
         self._measured: dict[str, list[Tensor]] = {}
         self._times: dict[str, float] = {}
-        self._began = self._forward_ended = clock_us(self.device)
+        self._began = self._forward_ended = 0.0
         self._handles = [
             model.register_forward_hook(self._after_forward),
             *(
@@ -130,6 +131,8 @@ class LeadMetaArchitect:
                 LayerProbe(self.device, measure=self.sampling, hold=hold) if wanted else None
             )
         self._measured, self._times = {}, {}
+        # a step that is not sampled never waits for the device
+        self._began = clock_us(self.device) if self.sampling else 0.0
 
     def _probes(self) -> list[LayerProbe]:
         return [layer.probe for layer in self.layers if isinstance(layer.probe, LayerProbe)]
@@ -167,13 +170,18 @@ class LeadMetaArchitect:
         Args:
             loss: the step's loss; NaN in the record when it is not given.
         """
-        now, ended = self.now + 1, clock_us(self.device)
+        now = self.now + 1
         seen = Seen(now, None, None, ())
         probes = self._probes()
-        if self.optimizer is None:
-            self._measured |= collect.gradients(self.layers)
+        if any(probe.held is not None for probe in probes):
+            warnings.warn(
+                "an entropy term is in force, but governor.penalty() was not added to the loss",
+                stacklevel=2,
+            )
         if self.sampling and probes:
-            snapshot = self._snapshot(now, number(loss), probes, ended)
+            if self.optimizer is None:
+                self._measured |= collect.gradients(self.layers)
+            snapshot = self._snapshot(now, number(loss), probes)
             self.telemetry.history.append(snapshot)
             self.state, decisions = step(self.state, snapshot, self.limits)
             self._act(decisions)
@@ -183,13 +191,11 @@ class LeadMetaArchitect:
             seen = Seen(now, snapshot, decisions, journal.sentence(decisions, self.mode))
         self.now = now
         self._arm()
-        self._began = clock_us(self.device)
         return seen
 
-    def _snapshot(
-        self, now: int, loss: float, probes: Sequence[LayerProbe], ended: float
-    ) -> Snapshot:
+    def _snapshot(self, now: int, loss: float, probes: Sequence[LayerProbe]) -> Snapshot:
         """Everything measured at this step; under several processes, what rank 0 measured."""
+        ended = clock_us(self.device)
         measured = collect.seen(probes) | self._measured
         if (now - 1) % (SPECTRA_EVERY * self.every) == 0:
             measured |= collect.matrices(self.layers)
@@ -211,9 +217,17 @@ class LeadMetaArchitect:
             for applied in decisions.applied:
                 applied.change.apply(self)
 
-    def undo(self, change: Change) -> None:
-        """Take one change back by hand."""
-        change.undo(self)
+    @contextmanager
+    def trying(self, change: Change) -> Iterator[None]:
+        """A change is in force inside; what it did to the weights is the caller's to restore."""
+        terms = dict(self.terms)
+        change.apply(self)
+        self._arm()
+        try:
+            yield
+        finally:
+            self.terms = terms
+            self._arm()
 
     @contextmanager
     def resting(self) -> Iterator[None]:
@@ -252,8 +266,9 @@ class LeadMetaArchitect:
         """Continue from `state_dict`."""
         self.now, self.state = state["now"], load_state(state["state"])
         self.terms = {HeadId(layer, head): (floor, c) for layer, head, floor, c in state["terms"]}
+        if self.logs:
+            self.journal.extend(journal.read(self.logs[1].path))
         self._arm()
-        self._began = clock_us(self.device)
 
 
 def number(loss: float | Tensor | None) -> float:

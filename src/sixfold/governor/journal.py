@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -55,6 +56,11 @@ def load_snapshot(row: Mapping[str, Any]) -> Snapshot:
     return Snapshot(row["step"], row["loss"], signals, row["scalars"], row["times_us"])
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a journal, without its header."""
+    return [json.loads(line) for line in path.read_text().splitlines()[1:]]
+
+
 def write(logs: Sequence[Log], snapshot: Snapshot, rows: Sequence[Mapping[str, Any]]) -> None:
     """Append to the logs, if there are any."""
     if logs:
@@ -74,7 +80,7 @@ def rows(now: int, decisions: Decisions, mode: str) -> list[dict[str, Any]]:
     return [
         *(alarm_row(alarm) for alarm in decisions.alarms),
         *(evidence_row(judged) for judged in decisions.judged),
-        *(undo_row(now, undone) for undone in decisions.undone),
+        *(undo_row(now, undone, mode) for undone in decisions.undone),
         *(change_row(now, applied, mode) for applied in decisions.applied),
     ]
 
@@ -84,7 +90,9 @@ def sentence(decisions: Decisions, mode: str) -> tuple[str, ...]:
     made = "made" if mode == "act" else "would make"
     parts = [f"{made} {heads_by(decisions.applied)}"] if decisions.applied else []
     if decisions.undone:
-        parts.append(f"took back {heads_by(decisions.undone)}")
+        parts.append(
+            f"{'took' if mode == 'act' else 'would take'} back {heads_by(decisions.undone)}"
+        )
     if not parts and not decisions.alarms:
         return ()
     worst = "critical" if any(a.level == "critical" for a in decisions.alarms) else "not critical"
@@ -150,9 +158,10 @@ def evidence_row(judged: Judged) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def undo_row(now: int, undone: Undone) -> dict[str, Any]:
+def undo_row(now: int, undone: Undone, mode: str) -> dict[str, Any]:
     """A change taken back."""
-    text = f"took back {undone.change.name} #{undone.number}: {undone.reason}"
+    took = "took" if mode == "act" else "would take"
+    text = f"{took} back {undone.change.name} #{undone.number}: {undone.reason}"
     return {"step": now, "kind": "undo", "id": undone.number, "reason": undone.reason, "text": text}
 
 
@@ -163,6 +172,7 @@ def report(
     mode: str,
 ) -> str:
     """The governor's report as text."""
+    journal = list(journal)
     if not history:
         return "Sixfold governor: nothing measured yet (run a forward pass, then process_step)"
     last = history[-1]

@@ -58,6 +58,10 @@ class ActionLimits:
     entropy_steps: int = 200
     budget: int = 64
 
+    def __post_init__(self) -> None:
+        if not self.clip_to > 0:
+            raise ValueError(f"clip_to must be positive, got {self.clip_to}")
+
 
 @dataclass(frozen=True)
 class Limits:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -13,7 +13,9 @@ import torch
 
 from sixfold.contracts import Change, Effect
 from sixfold.governor.architect import LeadMetaArchitect
+from sixfold.train.checkpoint import random_states, set_random_states
 from sixfold.train.loop import Training, step_settings
+from sixfold.train.optimizer import set_rate
 from sixfold.train.step import train_step
 
 # two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom, then the normal one
@@ -30,7 +32,7 @@ class Fork(NamedTuple):
 
     model: dict[str, torch.Tensor]
     optimizer: dict[str, Any]
-    random: torch.Tensor
+    random: dict[str, torch.Tensor]
     training: bool
 
 
@@ -39,7 +41,7 @@ def freeze(run: Training) -> Fork:
     return Fork(
         copy.deepcopy(run.model.state_dict()),
         copy.deepcopy(run.optimizer.state_dict()),
-        torch.get_rng_state(),
+        random_states(),
         run.model.training,
     )
 
@@ -48,7 +50,7 @@ def thaw(run: Training, fork: Fork) -> None:
     """Put the state of a run back, to the bit."""
     run.model.load_state_dict(fork.model)
     run.optimizer.load_state_dict(copy.deepcopy(fork.optimizer))
-    torch.set_rng_state(fork.random)
+    set_random_states(fork.random)
     run.model.train(fork.training)
 
 
@@ -74,6 +76,21 @@ def interval(differences: list[float]) -> tuple[float, float]:
     quantile = T95[count - 2] if count - 1 <= len(T95) else NORMAL95
     half = quantile * statistics.stdev(differences) / math.sqrt(count)
     return (mean - half, mean + half)
+
+
+def mean_loss(
+    run: Training, governor: LeadMetaArchitect, seed: int, start: int, steps: int
+) -> float:
+    """Train some steps on the batches of `seed`, and return their mean loss."""
+    losses = []
+    for step in range(start, start + steps):
+        batch = run.dataset.train_batch(seed, step, run.settings.batch_size)
+        set_rate(run.optimizer, run.rates.rate(step, run.settings.steps))
+        report = train_step(
+            run.model, run.optimizer, batch, step_settings(run), governor.penalty, run.world
+        )
+        losses.append(report.loss)
+    return statistics.fmean(losses)
 
 
 def paired_effect(
@@ -104,28 +121,14 @@ def paired_effect(
         helps) and its 95 % interval.
     """
 
-    def mean_loss(seed: int, act: Callable[[], None]) -> float:
-        act()
-        losses = []
-        for step in range(start, start + steps):
-            batch = run.dataset.train_batch(seed, step, run.settings.batch_size)
-            report = train_step(
-                run.model, run.optimizer, batch, step_settings(run), governor.penalty
-            )
-            losses.append(report.loss)
-        return statistics.fmean(losses)
-
     with_change, without = [], []
-    terms = dict(governor.terms)
     with governor.resting():
         for number in range(1, forks + 1):
             seed = run.settings.seed + 1_000_003 * number
             with forked(run):
-                without.append(mean_loss(seed, lambda: None))
-            with forked(run):
-                with_change.append(mean_loss(seed, lambda: change.apply(governor)))
-            governor.terms.clear()
-            governor.terms.update(terms)
+                without.append(mean_loss(run, governor, seed, start, steps))
+            with forked(run), governor.trying(change):
+                with_change.append(mean_loss(run, governor, seed, start, steps))
     differences = [a - b for a, b in zip(with_change, without, strict=True)]
     return Effect(
         tuple(with_change), tuple(without), statistics.fmean(differences), interval(differences)

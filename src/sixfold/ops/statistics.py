@@ -37,7 +37,8 @@ def head_statistics(observation: Observation) -> tuple[Tensor, Tensor]:
     `sampled`; pass one of its results to measure them.
     """
     query, key, scale = observation.features
-    scores = logits(Features(query.float(), key.float(), scale), observation.visibility)
+    with torch.autocast(query.device.type, enabled=False):
+        scores = logits(Features(query.float(), key.float(), scale), observation.visibility)
     seen = ~scores.isneginf()
     count = seen.sum(-1)
     largest = scores.amax(dim=(0, 2, 3))

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from sixfold.errors import CheckpointError
 
 FORMAT = 1
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 KEEP = 2
 
 
@@ -74,6 +75,14 @@ def random_states() -> dict[str, Tensor]:
     return states
 
 
+def set_random_states(states: Mapping[str, Tensor]) -> None:
+    """Put the generators back where `random_states` found them."""
+    torch.set_rng_state(states["random/cpu"])
+    cuda = [states[f"random/cuda{number}"] for number in range(len(states) - 1)]
+    if cuda:
+        torch.cuda.set_rng_state_all(cuda)
+
+
 def save(
     root: Path,
     step: int,
@@ -86,8 +95,8 @@ def save(
 
     Raises OSError naming the folder when it cannot be written; earlier checkpoints stay.
     """
-    place = root / f"step-{step:08d}"
-    draft = root / f".{place.name}.draft"
+    folder = place(root, step)
+    draft = root / f".{folder.name}.draft"
     try:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
@@ -102,18 +111,24 @@ def save(
         (draft / "manifest.json").write_text(json.dumps(manifest, indent=1))
         for file in draft.iterdir():
             sync(file)
-        shutil.rmtree(place, ignore_errors=True)
-        draft.rename(place)
+        sync(draft)
+        shutil.rmtree(folder, ignore_errors=True)
+        draft.rename(folder)
         sync(root)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)
         raise OSError(
-            f"cannot write checkpoint {place}: {error}; earlier checkpoints are intact"
+            f"cannot write checkpoint {folder}: {error}; earlier checkpoints are intact"
         ) from error
-    for number, folder in steps(root)[:-KEEP]:
+    for number, old in steps(root)[:-KEEP]:
         if number not in keep:
-            shutil.rmtree(folder)
-    return place
+            shutil.rmtree(old)
+    return folder
+
+
+def place(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return root / f"step-{step:08d}"
 
 
 def steps(root: Path) -> list[tuple[int, Path]]:
@@ -134,15 +149,16 @@ def verify(folder: Path) -> Saved:
     """Check a checkpoint against its manifest and read its state."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        sums = {name: digest(folder / name) for name in manifest["sha256"]}
+        given, expected = manifest["format"], {name: manifest["sha256"][name] for name in FILES}
+        sums = {name: digest(folder / name) for name in FILES}
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(damaged(folder, str(error))) from error
-    if manifest["format"] != FORMAT:
+    if given != FORMAT:
         raise CheckpointError(
-            f"checkpoint {folder} has format {manifest['format']}; this version reads {FORMAT}"
+            f"checkpoint {folder} has format {given}; this version reads {FORMAT}"
         )
-    for name, expected in manifest["sha256"].items():
-        if sums[name] != expected:
+    for name in FILES:
+        if sums[name] != expected[name]:
             raise CheckpointError(damaged(folder, f"{name} does not match its checksum"))
     state = json.loads((folder / "state.json").read_text())
     return Saved(state["step"], folder, state)
@@ -184,10 +200,7 @@ def load_training(saved: Saved, model: nn.Module, optimizer: torch.optim.Optimiz
     """Restore weights, optimizer and random generators, all to the bit."""
     load_model(saved, model)
     tensors = load_file(saved.folder / "optimizer.safetensors")
-    torch.set_rng_state(tensors.pop("random/cpu"))
-    cuda = [tensors.pop(key) for key in sorted(tensors) if key.startswith("random/cuda")]
-    if cuda:
-        torch.cuda.set_rng_state_all(cuda)
+    set_random_states({key: tensors.pop(key) for key in list(tensors) if key.startswith("random/")})
     entries: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, field = key.rpartition("/")

@@ -40,8 +40,21 @@ class World(NamedTuple):
         """Average gradients over processes where there are several."""
         return DistributedDataParallel(model) if self.size > 1 else model
 
+    def any(self, flag: bool) -> bool:  # noqa: FBT001
+        """Whether it is so in any process."""
+        if self.size == 1:
+            return flag
+        votes = torch.tensor(float(flag), device=self.device)
+        distributed.all_reduce(votes, distributed.ReduceOp.MAX)
+        return bool(votes)
+
 
 ALONE = World(0, 1, torch.device("cpu"))
+
+
+def leads() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager

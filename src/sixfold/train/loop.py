@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,9 +22,11 @@ from sixfold.errors import ConfigError, Diverged, Interrupted
 from sixfold.record import Log
 from sixfold.train import checkpoint
 from sixfold.train.distributed import ALONE, World
-from sixfold.train.objective import Validation, loss
+from sixfold.train.objective import Validation, compare
 from sixfold.train.optimizer import OptimizerSettings, set_rate
 from sixfold.train.step import PRECISIONS, StepSettings, autocast, train_step
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,14 @@ class TrainSettings:
         for name in ("steps", "batch_size", "accumulation", "validate_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be 1 or more, got {getattr(self, name)}")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"train.patience must be 1 or more, or none; got {self.patience}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"train.clip_norm must be positive, or none; got {self.clip_norm}")
+        if self.seed < 0:
+            raise ValueError(f"train.seed must be 0 or more, got {self.seed}")
+        if self.device not in DEVICES:
+            raise ValueError(unknown("train.device", self.device, DEVICES))
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"train.batch_size {self.batch_size} is not a multiple of "
@@ -127,9 +138,10 @@ def validate(run: Training) -> Validation:
     for batch in run.dataset.validation_batches(size):
         batch = type(batch)(*(tensor.to(run.world.device) for tensor in batch))
         with autocast(run.settings.precision, run.world.device):
-            value = loss(run.dataset.objective, run.model, batch)
-            if run.dataset.objective == "labels":
-                right += (run.model(batch.inputs).argmax(-1) == batch.targets).sum().item()
+            predicted = run.model(batch.inputs)
+            value = compare(run.dataset.objective, predicted, batch)
+        if run.dataset.objective == "labels":
+            right += (predicted.argmax(-1) == batch.targets).sum().item()
         total += value.item() * batch.targets.numel()
         count += batch.targets.numel()
     run.model.train()
@@ -146,7 +158,10 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         asked.append(number)
 
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    # only the main thread may set handlers; training elsewhere is stopped by whoever started it
+    main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
+    previous = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield lambda: bool(asked)
     finally:
@@ -154,13 +169,14 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def save(run: Training, step: int, metrics: Log | None) -> None:
+def save(run: Training, step: int, metrics: Log | None, *, stopped_early: bool) -> None:
     """Write a checkpoint after `step` steps; logs are made durable first."""
     if run.world.leads and metrics is not None:
         logs = {log.path.name: log.position() for log in (metrics, *run.logs)}
         state = {
             "logs": logs,
             "best": run.best,
+            "stopped_early": stopped_early,
             "observers": [observer.state_dict() for observer in run.observers],
         }
         checkpoint.save(
@@ -198,6 +214,8 @@ def fit(run: Training, saved: checkpoint.Saved | None = None) -> Outcome:
     start, offset = 0, 0
     if saved is not None:
         restore(run, saved)
+        if saved.state["stopped_early"]:
+            return Outcome(saved.step, validate(run), run.best, stopped_early=True)
         start, offset = saved.step, saved.state["logs"]["metrics.jsonl"]
     metrics = Log(run.folder / "metrics.jsonl", run.header, offset) if run.world.leads else None
     run.model.train()
@@ -221,13 +239,13 @@ def _fit(run: Training, start: int, metrics: Log | None, asked: Callable[[], boo
             patient = judge(run, now.step, validation, metrics)
             now = now._replace(validation=validation.loss)
         run.view.step(now)
-        stop = asked()
+        stop = run.world.any(asked())
         if last or stop or not patient or now.step % settings.checkpoint_every == 0:
-            save(run, now.step, metrics)
-        if stop and not last:
-            raise Interrupted(now.step, run.folder)
+            save(run, now.step, metrics, stopped_early=not patient)
         if not patient:
             return Outcome(now.step, validation, run.best, stopped_early=True)
+        if stop and not last:
+            raise Interrupted(now.step, run.folder)
     return Outcome(settings.steps, validation or validate(run), run.best, stopped_early=False)
 
 

@@ -13,8 +13,12 @@ UNITS = {"tokens": "nats/token", "labels": "nats/example", "states": "1 (mean sq
 
 
 def loss(objective: str, model: nn.Module, batch: Batch) -> Tensor:
-    """Mean loss of a batch: cross-entropy for tokens and labels, squared error for states."""
-    predicted = model(batch.inputs)
+    """Mean loss of a model on a batch."""
+    return compare(objective, model(batch.inputs), batch)
+
+
+def compare(objective: str, predicted: Tensor, batch: Batch) -> Tensor:
+    """Mean loss of a prediction: cross-entropy for tokens and labels, squared error for states."""
     if objective == "states":
         return mse_loss(predicted.float(), batch.targets)
     return cross_entropy(predicted.float().flatten(0, -2), batch.targets.flatten())

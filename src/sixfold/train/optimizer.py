@@ -33,6 +33,11 @@ class OptimizerSettings:
             raise ValueError(unknown("optimizer.schedule", self.schedule, SCHEDULES))
         if self.learning_rate <= 0:
             raise ValueError(f"optimizer.learning_rate must be positive, got {self.learning_rate}")
+        if self.warmup < 0:
+            raise ValueError(f"optimizer.warmup must be 0 or more, got {self.warmup}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optimizer.{name} must be in [0, 1), got {getattr(self, name)}")
 
     def rate(self, step: int, steps: int) -> float:
         """Learning rate of a step: linear warm-up to the peak, then the schedule to the end.

@@ -3,10 +3,10 @@
 W_h(s) = M_h + sum over r of a_hr(s) M_r,   a(s) = sum over k of c_k(s) phi_k(q_h, r_h)
 
 The M_r are a bank of matrices as large as plain projections; phi_k is a basis generated from the
-coordinate, c_0 = 1 and c_k(s) read the summary s: the mean of the tokens that a token may see.
-Under a causal mask that is the prefix mean, so no weight depends on the future. Q, K and V have
-banks, bases and coefficients of their own. Source of the idea: Ha et al., HyperNetworks, arXiv
-1609.09106.
+coordinate, c_0 = 1 and c_k(s) read the summary s: the mean of the tokens that the caller's masks
+let a token see, whatever the reach then narrows. Under a causal mask that is the prefix mean, so no
+weight depends on the future. Q, K and V have banks, bases and coefficients of their own. Source of
+the idea: Ha et al., HyperNetworks, arXiv 1609.09106.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def summaries(tokens: Tensor, visibility: Visibility, n: int) -> Tensor:
     if seen.ndim == 4:
         if seen.shape[1] > 1 and not torch.equal(seen, seen[:, :1].expand_as(seen)):
             raise ValueError(
-                "projection 'hypernetwork' cannot serve an attn_mask that differs between heads: one "
-                f"summary of the visible tokens serves all of them; got mask {tuple(mask.shape)}"
+                "projection 'hypernetwork' cannot serve an attn_mask that differs between heads: "
+                f"one summary of the tokens in view serves all; got mask {tuple(mask.shape)}"
             )
         seen = seen[:, 0]
     seen = seen.to(tokens.dtype)
