@@ -15,14 +15,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import torch
 from torch.nn.functional import cross_entropy
 
-from sixfold import MultiHeadAttention, config, recipe, record, run
-from sixfold.record import Provenance, Result, publish
-from sixfold.train.loop import View
+from sixfold import LeadMetaArchitect, MultiHeadAttention, config, recipe, record
+from sixfold.record import Log, Provenance, Result, publish
+from sixfold.train.loop import Training, advance
+from sixfold.train.optimizer import build_optimizer
 
 RESULTS = Path(__file__).parents[1] / "results" / "speed.csv"
 LAYERS = (
@@ -84,10 +86,10 @@ def layer_rows(rounds: int) -> list[Result]:
     return rows
 
 
-def bare(settings: recipe.RunConfig, steps: int) -> float:
-    """Seconds per step of the loop a user would write: same model, data and optimizer."""
-    built = recipe.build(settings)
-    model, rates = built.model, settings.optimizer
+def bare_step(settings: recipe.RunConfig) -> Callable[[], object]:
+    """One step of the loop a user would write: same model, data and optimizer."""
+    built, rates, steps = recipe.build(settings), settings.optimizer, count()
+    model = built.model
     decay = [p for p in model.parameters() if p.ndim >= 2]
     free = [p for p in model.parameters() if p.ndim < 2]
     groups = [
@@ -95,9 +97,9 @@ def bare(settings: recipe.RunConfig, steps: int) -> float:
         {"params": free, "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=rates.learning_rate, betas=(rates.beta1, rates.beta2))
-    times = []
-    for step in range(steps):
-        began = time.perf_counter()
+
+    def call() -> None:
+        step = next(steps)
         inputs, targets = built.dataset.train_batch(0, step, settings.train.batch_size)
         for group in optimizer.param_groups:
             group["lr"] = rates.rate(step, settings.train.steps)
@@ -107,50 +109,54 @@ def bare(settings: recipe.RunConfig, steps: int) -> float:
         optimizer.step()
         optimizer.zero_grad()
         loss.item()
-        times.append(time.perf_counter() - began)
-    return statistics.fmean(times[5:])
+
+    return call
 
 
-def ours(settings: recipe.RunConfig, steps: int) -> float:
-    """Seconds per step of `run.train`, from the first step to the last, logs and display included."""
-    moments: list[float] = []
+def our_step(settings: recipe.RunConfig, folder: Path) -> Callable[[], object]:
+    """One step of Sixfold's loop, with its logs, governed if the settings say so."""
+    built, steps = recipe.build(settings), count()
+    optimizer = build_optimizer(built.model, settings.optimizer)
+    on = settings.governor.mode != "off"
+    governor = LeadMetaArchitect(built.model, optimizer, folder=folder) if on else None
+    training = Training(
+        built.model, optimizer, built.dataset, settings.train, settings.optimizer, folder, {},
+        observers=[governor] if governor else [],
+    )  # fmt: skip
+    metrics = Log(folder / "metrics.jsonl", {})
+    return lambda: advance(training, built.model, next(steps), metrics)
+
+
+def loop_rows(blocks: int) -> list[Result]:
+    """Tokens per second of the loop over the bare loop's, step by step in turn.
+
+    The governor samples every tenth step: ratios are of blocks of ten steps each.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        run.train(settings, folder, View(step=lambda now: moments.append(time.perf_counter())))
-    moments = moments[5:steps]
-    return (moments[-1] - moments[0]) / (len(moments) - 1)
-
-
-def loop_rows(rounds: int, steps: int) -> list[Result]:
-    """Tokens per second of the loop over the bare loop's."""
-    quiet = (
-        f"train.steps={steps + 1}",
-        "train.validate_every=100000",
-        "train.checkpoint_every=100000",
-        "train.device=cpu",
-    )
-    governed = recipe.configure(["demo"], None, quiet)
-    alone = recipe.configure(["demo"], None, (*quiet, "governor.mode=off"))
-    times: dict[str, list[float]] = {"bare": [], "ungoverned": [], "governed": []}
-    for _ in range(rounds):
-        times["bare"].append(bare(alone, steps))
-        times["ungoverned"].append(ours(alone, steps))
-        times["governed"].append(ours(governed, steps))
-        times["bare"].append(bare(alone, steps))
-        times["governed"].append(ours(governed, steps))
-        times["ungoverned"].append(ours(alone, steps))
+        alone = recipe.configure(["demo"], None, ("governor.mode=off", "train.device=cpu"))
+        governed = recipe.configure(["demo"], None, ("train.device=cpu",))
+        calls = {
+            "bare": bare_step(alone),
+            "ungoverned": our_step(alone, Path(folder) / "alone"),
+            "governed": our_step(governed, Path(folder) / "governed"),
+        }
+        times = interleaved(calls, 10 * blocks)
+    sums = {
+        name: [sum(t[10 * i : 10 * i + 10]) for i in range(blocks)] for name, t in times.items()
+    }
     rows = [
         Result(
             "training loop",
             "demo",
             "bare",
-            1e3 * statistics.median(times["bare"]),
+            100 * statistics.median(sums["bare"]),
             "ms/step",
             0.0,
             1,
         )
     ]
     for name in ("ungoverned", "governed"):
-        value, spread = ratio(times["bare"], times[name])
+        value, spread = ratio(sums["bare"], sums[name])
         rows.append(
             Result("training loop", "demo", f"tokens/s {name} / bare", value, "1", spread, 1)
         )
@@ -178,14 +184,14 @@ def main() -> None:
     arguments.add_argument("--smoke", action="store_true", help="seconds; publishes nothing")
     given = arguments.parse_args()
     torch.manual_seed(0)
-    rounds, steps = (2, 12) if given.smoke else (15, 60)
+    rounds = 2 if given.smoke else 25
     rows: list[Result] = []
     if given.only in (None, "import"):
         rows += import_rows(min(rounds, 6))
     if given.only in (None, "layer"):
         rows += layer_rows(rounds)
     if given.only in (None, "loop"):
-        rows += loop_rows(1 if given.smoke else 3, steps)
+        rows += loop_rows(2 if given.smoke else 20)
     for row in rows:
         print(
             f"{row.experiment:<24} {row.case:<26} {row.metric:<34} {row.value:8.3f} {row.unit:<8} ± {row.spread:.3f}"
