@@ -91,6 +91,7 @@ def test_the_first_phase_is_executed_and_says_at_which_head():
     x, head, texts = torch.randn(1, 12, 28), 3, []
     for _ in range(3):
         hamha(x)
+        lma.penalty()
         texts.append(" ".join(lma.process_step().text))
         # sharpen one head: its entropy falls far below 0.3
         hamha.scale_head_(head, 6)
