@@ -6,8 +6,9 @@ export PIP_CONSTRAINT = $(CURDIR)/constraints.txt
 
 .PHONY: demo test test-slow lint docs bench pictures clean
 
+# one thread: on a model this small a second one saves a fifth, and waits for ever where the core is busy
 demo: $(VENV)/.run
-	$(BIN)/sixfold demo
+	OMP_NUM_THREADS=1 $(BIN)/sixfold demo
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
