@@ -54,6 +54,12 @@ def ratio(times: list[float], base: list[float]) -> tuple[float, float]:
     return middle, (high - low) / 2
 
 
+def typical(times: list[float]) -> tuple[float, float]:
+    """Median and half interquartile range, in milliseconds."""
+    low, middle, high = statistics.quantiles(times, n=4)
+    return 1e3 * middle, 1e3 * (high - low) / 2
+
+
 def layer_rows(rounds: int) -> list[Result]:
     """Forward and backward of one layer, hexagonal over plain."""
     rows = []
@@ -76,8 +82,8 @@ def layer_rows(rounds: int) -> list[Result]:
             {name: lambda layer=layer: call(layer) for name, layer in layers.items()}, rounds
         )
         case = f"b{batch} n{length} d{d_model} h{num_heads}x{head_dim}"
-        plain = statistics.median(times["plain"]) * 1e3
-        rows.append(Result("layer forward+backward", case, "plain", plain, "ms", 0.0, 1))
+        plain, spread = typical(times["plain"])
+        rows.append(Result("layer forward+backward", case, "plain", plain, "ms", spread, 1))
         for name in list(layers)[1:]:
             value, spread = ratio(times[name], times["plain"])
             rows.append(
@@ -144,17 +150,8 @@ def loop_rows(blocks: int) -> list[Result]:
     sums = {
         name: [sum(t[10 * i : 10 * i + 10]) for i in range(blocks)] for name, t in times.items()
     }
-    rows = [
-        Result(
-            "training loop",
-            "demo",
-            "bare",
-            100 * statistics.median(sums["bare"]),
-            "ms/step",
-            0.0,
-            1,
-        )
-    ]
+    middle, spread = typical([block / 10 for block in sums["bare"]])
+    rows = [Result("training loop", "demo", "bare", middle, "ms/step", spread, 1)]
     for name in ("ungoverned", "governed"):
         value, spread = ratio(sums["bare"], sums[name])
         rows.append(

@@ -15,7 +15,7 @@ from sixfold.errors import DataMissing
 from sixfold.run import environment
 
 EXTRAS = {
-    "cli": ("cyclopts", "rich", "jinja2", "matplotlib", "pyarrow"),
+    "cli": ("cyclopts", "rich", "jinja2", "matplotlib"),
     "text": ("tokenizers",),
     "images": ("sklearn",),
     "tensorboard": ("tensorboard",),
