@@ -44,6 +44,22 @@ class Features(NamedTuple):
     scale: float
 
 
+class Distances(NamedTuple):
+    """A score that is no inner product: logit = -rate_h ||query - key||_p, p in [1, inf].
+
+    query (b, h, n, d), key (b, h_kv, m, d), rate (h,) positive.
+    """
+
+    query: Tensor
+    key: Tensor
+    rate: Tensor
+    p: float
+
+
+Rating = Features | Distances
+"""How queries rate keys, ready for an implementation of attention."""
+
+
 class Visibility(NamedTuple):
     """Which keys each query sees: a mask broadcastable to (b, h, n, m), or plain causality."""
 
