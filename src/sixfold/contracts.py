@@ -28,11 +28,33 @@ class Heads(NamedTuple):
     num_kv_heads: int
 
 
-class Point(NamedTuple):
-    """What a *point* projection emits: query (b, h, n, d), key and value (b, h_kv, m, d)."""
+class Belief(NamedTuple):
+    """What is believed of each token: a Gaussian, in the token's own frame.
 
-    query: Tensor
-    key: Tensor
+    mean (b, h, n, d); factor: standard deviations (b, h, n, d) or a lower Cholesky factor of the
+    covariance (b, h, n, d, d); frame U (..., n, d, d), which takes the common frame to the token's
+    own, with its inverse and log |det U|, or None where all share one frame.
+    """
+
+    mean: Tensor
+    factor: Tensor
+    frame: Tensor | None = None
+    inverse: Tensor | None = None
+    log_volume: Tensor | float = 0.0
+
+
+Schema = Literal["point", "diagonal belief", "belief"]
+"""What a projection emits and a score asks for; a plain "belief" has a full covariance."""
+
+
+class Emission(NamedTuple):
+    """What a projection emits: for each query and key a point (b, h, n, d) or a `Belief`.
+
+    Keys and values have h_kv heads and m tokens; value (b, h_kv, m, d).
+    """
+
+    query: Any
+    key: Any
     value: Tensor
 
 
@@ -68,10 +90,11 @@ class Visibility(NamedTuple):
 
 
 class Observation(NamedTuple):
-    """What a layer shows a probe on a sampled step: the fused features and who sees whom."""
+    """What a layer shows a probe on a sampled step: the rating and who sees whom."""
 
-    features: Features
+    rating: Rating
     visibility: Visibility
+    signed: bool = True
 
 
 class Cache(Protocol):
@@ -94,10 +117,13 @@ class Projection(Protocol):
 
     heads: Heads
     grid: HexGrid | None
+    schema: Schema
+    ordered: str | None
+    """What orders the tokens of one sequence in this projection, so that it serves no context."""
 
     def __call__(
         self, x: Tensor, context: Tensor, visibility: Visibility, cache: Cache | None
-    ) -> Point:
+    ) -> Emission:
         """Project x (b, n, d_model) to queries and context (b, m, d_model) to keys and values."""
 
     def materialize(self) -> dict[str, Tensor]:
@@ -108,12 +134,28 @@ class Projection(Protocol):
 
 
 class Score(Protocol):
-    """How a query rates a key."""
+    """How a query rates a key: what it keeps of a key, and how it rates what it kept."""
 
+    schema: Schema
+    gives: type
     rotation_invariant: bool
+    signed: bool
+    """False where the rating is never positive, or known only up to a term of the query alone."""
 
-    def __call__(self, query: Tensor, key: Tensor) -> Features:
-        """Features whose scaled inner product is the score."""
+    def keys(self, key: Any) -> Tensor:
+        """What is kept of each key, (b, h_kv, m, width); a cache holds this."""
+
+    def __call__(self, query: Any, keys: Tensor) -> Rating:
+        """The rating of kept keys."""
+
+    def carry(self, value: Tensor, key: Any) -> Tensor:
+        """Values taken from the frames of their tokens to the common one."""
+
+    def readout(self, out: Tensor, query: Any) -> Tensor:
+        """Outputs taken from the common frame to those of the queries."""
+
+    def recenter_(self, key: Any) -> None:
+        """Take keys relative to the mean of these, where the score does not depend on it."""
 
     def scale_head_(self, head: int, power: int) -> None:
         """Multiply one head's logits by 2**power, exactly: what a QK-clip means for this score."""
@@ -139,7 +181,7 @@ class Probe(Protocol):
     """A visitor that a layer calls on the steps on which it is set."""
 
     def observe(self, observation: Observation) -> None:
-        """Receive the features of this forward pass."""
+        """Receive the rating of this forward pass."""
 
     def mark(self, stage: Literal["start", "projection", "attention", "mixing", "output"]) -> None:
         """A stage of the layer has just ended (``start``: is about to begin)."""

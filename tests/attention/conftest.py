@@ -7,21 +7,54 @@ import pytest
 import torch
 
 from sixfold import MultiHeadAttention, discover
+from sixfold.attention import multihead
+from sixfold.contracts import Heads
 
 KINDS = ("projection", "score", "reach", "mixer")
 OPTIONS = {"window": {"width": 5}}
 """Options without which a part cannot be built."""
 
 
-def parts():
-    """Every combination: a dict from kind to part."""
-    found = [discover.names(f"sixfold.attention.{kind}") for kind in KINDS]
-    for names in itertools.product(*found):
-        chosen = ({"name": name} | OPTIONS.get(name, {}) for name in names)
-        yield dict(zip(KINDS, chosen, strict=True))
+def rated(projection, score):
+    """Whether the score can rate what the projection emits."""
+    heads = Heads(24, 7, 4, 7)
+    emitted = multihead.build_part("projection", {"name": projection}, heads).schema
+    return multihead.build_part("score", {"name": score}, heads).schema == emitted
 
 
-COMBINATIONS = {"-".join(part["name"] for part in c.values()): c for c in parts()}
+def combine():
+    """Every combination of names by kind, those that fit and those that must be refused."""
+    found = itertools.product(*(discover.names(f"sixfold.attention.{kind}") for kind in KINDS))
+    pairs = functools.cache(rated)
+    fit, refused = {}, {}
+    for names in found:
+        chosen = {k: {"name": n} | OPTIONS.get(n, {}) for k, n in zip(KINDS, names, strict=True)}
+        (fit if pairs(*names[:2]) else refused)["-".join(names)] = chosen
+    return fit, refused
+
+
+def covering(combinations):
+    """A few combinations in which every two parts that fit meet at least once.
+
+    Greedy: the next one shows the most new pairs.
+    """
+    pairs = {name: set(itertools.combinations(name.split("-"), 2)) for name in combinations}
+    open_pairs, chosen = set().union(*pairs.values()), {}
+    while open_pairs:
+        best = max(pairs, key=lambda name: len(pairs[name] & open_pairs))
+        chosen[best] = combinations[best]
+        open_pairs -= pairs[best]
+    return chosen
+
+
+FITTING, REFUSED = combine()
+FRAMED = {"projection": {"name": "gaussian", "per": "token"}, "score": {"name": "kl"}}
+COMBINATIONS = covering(FITTING) | {
+    f"gaussian, {algebra}-kl-{reach}-none": FRAMED
+    | {"projection": FRAMED["projection"] | {"frames": algebra}}
+    | {"reach": {"name": reach}, "mixer": {"name": "none"}}
+    for algebra, reach in (("so", "full"), ("gl", "others"))
+}
 
 
 def build(combination, dtype=torch.float64, seed=0, **options):
@@ -43,6 +76,9 @@ def _shared(name, dtype):
 def pytest_generate_tests(metafunc):
     if "combination" in metafunc.fixturenames:
         metafunc.parametrize("combination", COMBINATIONS)
+    for kind, found in (("fitting", FITTING), ("refused", REFUSED)):
+        if kind in metafunc.fixturenames:
+            metafunc.parametrize(kind, found.values(), ids=found)
 
 
 @pytest.fixture
@@ -78,3 +114,9 @@ def tokens():
         return torch.randn(batch, n, width, generator=generator, dtype=torch.float64).to(dtype)
 
     return made
+
+
+@pytest.fixture
+def names_of():
+    """Names of the variants of a package."""
+    return discover.names

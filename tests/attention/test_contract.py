@@ -22,6 +22,21 @@ def gradients(layer, x, **kwargs):
     return dict(zip([*names, "x"], found, strict=True))
 
 
+def test_all_parts_that_fit_serve_together(fitting, make, tokens):
+    layer, x = make(fitting), tokens(2, 6)
+    other = x.clone()
+    other[:, 4:] = tokens(2, 2, seed=1)
+    one, two = layer(x, is_causal=True), layer(other, is_causal=True)
+    assert torch.equal(one[:, :4], two[:, :4])
+    assert not torch.equal(one, two)
+
+
+def test_parts_that_do_not_fit_are_refused_by_name(refused, make):
+    projection, score = refused["projection"]["name"], refused["score"]["name"]
+    with pytest.raises(ValueError, match=rf"{projection}.*emits a .*{score}.*rates a"):
+        make(refused)
+
+
 @pytest.mark.parametrize("n", [1, 7, 33])
 def test_shape_is_kept(layer, tokens, n):
     x = tokens(3, n)
@@ -270,7 +285,7 @@ class Seen:
         self.logits, self.stages = None, []
 
     def observe(self, observation):
-        self.logits = logits(*observation)
+        self.logits = logits(observation.rating, observation.visibility)
 
     def mark(self, stage):
         self.stages.append(stage)

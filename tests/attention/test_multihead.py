@@ -106,8 +106,8 @@ def test_cosine_is_the_cosine_and_its_temperature_is_bounded(make, tokens):
     query, key, _ = layer.projection(x, x, None, None)
     cosine = torch.cosine_similarity(query[..., :, None, :], key[..., None, :, :], dim=-1)
     with torch.no_grad():
-        layer.score.log_temperature[3] = 50.0
-    temperature = layer.score.log_temperature.exp().clamp(max=100)
+        layer.score.log_rate[3] = 50.0
+    temperature = layer.score.log_rate.exp().clamp(max=100)
     expected = (temperature[:, None, None] * cosine).softmax(-1)
     torch.testing.assert_close(layer(x, need_weights=True)[1], expected, **CLOSE)
     with torch.no_grad():
@@ -252,7 +252,10 @@ def test_the_spectral_flag_is_refused_by_name():
         ({"reach": {"name": "window", "width": 0}}, "width must be 1 or more, got 0"),
         ({"score": {"name": "dot", "power": 2}}, "score 'dot'.*power"),
         ({"mixer": {"name": "hexagonal", "free": True}}, "mixer 'hexagonal'.*free"),
-        ({"impl": "tiled"}, "unknown impl 'tiled'; choose from: auto, fused, reference"),
+        (
+            {"impl": "fast"},
+            "unknown impl 'fast'; choose from: auto, fused, numba, reference, tiled, triton",
+        ),
         ({"d_model": 0}, "d_model must be 1 or more, got 0"),
         ({"num_heads": 0}, "num_heads must be 1 or more, got 0"),
         ({"head_dim": 0}, "head_dim must be 1 or more, got 0"),

@@ -18,12 +18,10 @@ from sixfold.attention.rotary import rotate
 from sixfold.contracts import Cache, Heads, Observation, Probe, Visibility
 from sixfold.discover import load, unknown
 from sixfold.geometry.hexgrid import HexGrid
-from sixfold.ops.attend import fused, reference
+from sixfold.ops.attend import choose, reference
 
 Part = str | Mapping[str, Any]
 """A variant's name, or its name with options: ``{"name": "hexagonal", "tied": True}``."""
-
-IMPLEMENTATIONS = ("auto", "fused", "reference")
 
 
 def build_part(kind: str, part: Part, heads: Heads, **factory: Any) -> Any:
@@ -80,6 +78,19 @@ def visibility_of(
     return Visibility(attn_mask, is_causal)
 
 
+class Unwatched:
+    """The probe of a layer that none is set on."""
+
+    def observe(self, observation: Observation) -> None:
+        """Look away."""
+
+    def mark(self, stage: str) -> None:
+        """Take no time."""
+
+
+UNWATCHED = Unwatched()
+
+
 class MultiHeadAttention(nn.Module):
     """Multi-head attention whose four parts are chosen by name.
 
@@ -88,13 +99,16 @@ class MultiHeadAttention(nn.Module):
         num_heads: query heads.
         head_dim: width of a head, d_model // num_heads unless given.
         num_kv_heads: key and value heads (grouped-query attention), num_heads unless given.
-        projection: ``linear``, ``coordinate`` or ``hypernetwork``.
-        score: ``dot`` or ``cosine``.
-        reach: ``full`` or ``{"name": "window", "width": 128}``.
+        projection: ``linear``, ``coordinate`` or ``hypernetwork`` for points, ``gaussian`` or
+            ``gaussian_diagonal`` for beliefs.
+        score: of points ``dot``, ``cosine``, ``l2_squared``, ``l2``, ``l1``, ``lp`` or
+            ``chebyshev``; of beliefs ``kl``, ``kl_diagonal``, ``jeffreys`` or ``wasserstein2``.
+        reach: ``full``, ``others`` or ``{"name": "window", "width": 128}``.
         mixer: ``none``, ``ring``, ``random``, ``dense`` or ``hexagonal``.
         rope_theta: base of rotary position embedding, or None for none.
         dropout: probability of dropping an attention weight in training.
-        impl: ``fused`` or ``reference`` run or raise; ``auto`` is fused here.
+        impl: ``reference``, ``fused`` (scores that are inner products), ``tiled``, ``numba`` or
+            ``triton`` (the other distances) run or raise; ``auto`` takes the fastest at hand.
         batch_first: inputs are (b, n, d_model); else (n, b, d_model).
         device: as in PyTorch.
         dtype: as in PyTorch.
@@ -130,8 +144,6 @@ class MultiHeadAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.heads = heads = check_sizes(d_model, num_heads, head_dim, num_kv_heads)
-        if impl not in IMPLEMENTATIONS:
-            raise ValueError(unknown("impl", impl, IMPLEMENTATIONS))
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         factory = {"device": device, "dtype": dtype}
@@ -140,6 +152,12 @@ class MultiHeadAttention(nn.Module):
         self.reach = build_part("reach", reach, heads, **factory)
         self.mixer = build_part("mixer", mixer, heads, **factory)
         self.output = nn.Linear(heads.num_heads * heads.head_dim, d_model, bias=False, **factory)
+        choose.check(self.score.gives, impl)
+        if self.projection.schema != self.score.schema:
+            raise ValueError(
+                f"projection {projection!r} emits a {self.projection.schema}, "
+                f"score {score!r} rates a {self.score.schema}"
+            )
         if rope_theta is not None and not self.score.rotation_invariant:
             raise ValueError(
                 f"score {score!r} cannot be used with rope: rotating changes its value"
@@ -185,49 +203,60 @@ class MultiHeadAttention(nn.Module):
             exactly zero in both (the output before any bias).
 
         Raises:
-            ValueError: for masks of the wrong shape, and for a cache or rope with a context.
+            ValueError: for masks of the wrong shape, and for a cache, rope or frames of positions
+                with a context.
         """
         if not self.batch_first:
             x = x.transpose(0, 1)
             context = None if context is None else context.transpose(0, 1)
-        if context is not None and (cache is not None or self.rope_theta is not None):
-            part = "a cache" if cache is not None else "rope"
+        ordered = "rope" if self.rope_theta is not None else self.projection.ordered
+        if context is not None and (cache is not None or ordered):
+            part = "a cache" if cache is not None else ordered
             raise ValueError(f"{part} orders the tokens of one sequence: it cannot serve a context")
-        probe = self.probe if self.training else None
+        probe = self.probe if self.training and self.probe is not None else UNWATCHED
         source = x if context is None else context
         past = 0 if cache is None else cache.length
         shape = (x.shape[0], self.heads.num_heads, x.shape[1], past + source.shape[1])
         visibility = visibility_of(attn_mask, key_mask, shape, is_causal=is_causal)
-        if probe is not None:
-            probe.mark("start")
+        probe.mark("start")
         query, key, value = self.projection(x, source, visibility, cache)
         if self.rope_theta is not None:
             query, key = rotate(query, past, self.rope_theta), rotate(key, past, self.rope_theta)
+        keys, value = self.score.keys(key), self.score.carry(value, key)
         if cache is not None:
-            key, value = cache.append("key", key), cache.append("value", value)
-        if probe is not None:
-            probe.mark("projection")
+            keys, value = cache.append("key", keys), cache.append("value", value)
+        probe.mark("projection")
         visibility = self.reach(visibility, shape[2], shape[3], x.device)
-        features = self.score(query, key)
-        attend = reference.attend if self.impl == "reference" else fused.attend
-        out = attend(features, value, visibility, self.dropout if self.training else 0.0)
-        if probe is not None:
-            probe.mark("attention")
-            probe.observe(Observation(features, visibility))
+        rating = self.score(query, keys)
+        dropout = self.dropout if self.training else 0.0
+        out = choose.attend(rating, value, visibility, dropout, self.impl)
+        out = self.score.readout(out, query)
+        probe.mark("attention")
+        probe.observe(Observation(rating, visibility, self.score.signed))
         mixed = self.mixer.mix_outputs(out.transpose(1, 2), self.impl)
-        if probe is not None:
-            probe.mark("mixing")
+        probe.mark("mixing")
         out = self.output(mixed.flatten(2))
-        if probe is not None:
-            probe.mark("output")
+        probe.mark("output")
         out = out if self.batch_first else out.transpose(0, 1)
-        return (out, reference.weights(features, visibility)) if need_weights else out
+        return (out, reference.weights(rating, visibility)) if need_weights else out
 
     def scale_head_(self, head: int, power: int) -> None:
         """Multiply the logits of one head by 2**power, in place and exactly reversibly."""
         if not 0 <= head < self.heads.num_heads:
             raise ValueError(f"head must be in [0, {self.heads.num_heads}), got {head}")
         self.score.scale_head_(head, power)
+
+    @torch.no_grad()
+    def recenter_(self, x: Tensor) -> None:
+        """Let the score take keys relative to the mean of those of x (b, n, d_model).
+
+        A layer computes what it computed, with fewer digits lost to an offset that all keys share:
+        worth it for scores by distance or divergence in half precision.
+        """
+        key = self.projection(x, x, Visibility(None, is_causal=True), None).key
+        if self.rope_theta is not None:
+            key = rotate(key, 0, self.rope_theta)
+        self.score.recenter_(key)
 
     def materialize(self) -> dict[str, Tensor]:
         """Plain weights ``q`` (h, d, d_model), ``k`` and ``v`` (h_kv, d, d_model)."""

@@ -1,4 +1,4 @@
-"""Statistics of attention per head, from the features of a few queries."""
+"""Statistics of attention per head, from the ratings of a few queries."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from sixfold.contracts import Features, Observation, Visibility
+from sixfold.contracts import Observation, Visibility
 from sixfold.ops.attend.reference import logits, restrict
 
 QUERIES = 64
@@ -15,7 +15,8 @@ QUERIES = 64
 
 def sampled(observation: Observation, queries: int = QUERIES) -> Observation:
     """The first sequence of the batch at up to `queries` evenly spaced queries, and the last."""
-    query, key, scale = observation.features
+    rating = observation.rating
+    query, key = rating.query, rating.key
     n, m, device = query.shape[-2], key.shape[-2], query.device
     rows = torch.linspace(n - 1, 0, min(queries, n), device=device).round().long()
     mask, is_causal = observation.visibility
@@ -25,23 +26,32 @@ def sampled(observation: Observation, queries: int = QUERIES) -> Observation:
     if is_causal:
         earlier = torch.arange(m, device=device) <= rows[:, None] + (m - n)
         mask = restrict(mask, earlier)
-    features = Features(query[:1, :, rows], key[:1], scale)
-    return Observation(features, Visibility(mask, is_causal=False))
+    few = rating._replace(query=query[:1, :, rows], key=key[:1])
+    return Observation(few, Visibility(mask, is_causal=False), observation.signed)
 
 
 def head_statistics(observation: Observation) -> tuple[Tensor, Tensor]:
     """Largest logit and normalised entropy of every head, each (h,), in float32.
 
+    Where the score has no sign the largest logit says nothing, and its place is taken by the range:
+    the largest difference between two logits of one query.
+
     entropy = mean over queries of -sum_j p_j log p_j / log(visible keys), over the queries that see
     at least two keys; 0 is one key, 1 is all alike. Differentiable. The queries are those of
     `sampled`; pass one of its results to measure them.
     """
-    query, key, scale = observation.features
-    with torch.autocast(query.device.type, enabled=False):
-        scores = logits(Features(query.float(), key.float(), scale), observation.visibility)
+    rating = observation.rating
+    with torch.autocast(rating.query.device.type, enabled=False):
+        exact = rating._replace(query=rating.query.float(), key=rating.key.float())
+        scores = logits(exact, observation.visibility)
     seen = ~scores.isneginf()
     count = seen.sum(-1)
-    largest = scores.amax(dim=(0, 2, 3))
+    largest = scores.amax(-1)
+    if not observation.signed:
+        # a query that sees nothing has no range: inf - inf is kept out of the maximum
+        least = scores.masked_fill(~seen, float("inf")).amin(-1)
+        largest = (largest - least).masked_fill(count == 0, 0.0)
+    largest = largest.amax(dim=(0, 2))
     log_p = scores.masked_fill(count[..., None] == 0, 0.0).log_softmax(-1)
     entropy = -(log_p.exp() * log_p.masked_fill(~seen, 0.0)).sum(-1)
     several = count > 1

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sixfold.attention.projection.linear import project, split_weight
-from sixfold.contracts import Cache, Heads, Point, Visibility
+from sixfold.contracts import Cache, Emission, Heads, Visibility
 from sixfold.geometry.hexgrid import HexGrid
 
 HIDDEN = 64
@@ -25,6 +25,9 @@ def places(grid: HexGrid, groups: int) -> Tensor:
 
 class CoordinateProjection(nn.Module):
     """Base weights plus a pattern modulated by the head's coordinate."""
+
+    schema = "point"
+    ordered = None
 
     def __init__(self, heads: Heads, **factory: object) -> None:
         super().__init__()
@@ -66,7 +69,7 @@ class CoordinateProjection(nn.Module):
         context: Tensor,
         visibility: Visibility,  # noqa: ARG002
         cache: Cache | None,  # noqa: ARG002
-    ) -> Point:
+    ) -> Emission:
         """Project x (b, n, d_model) and context (b, m, d_model)."""
         return project(x, context, self.weight(), None, self.heads)
 

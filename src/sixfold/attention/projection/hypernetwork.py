@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sixfold.attention.projection.coordinate import places
 from sixfold.attention.projection.linear import split_heads
-from sixfold.contracts import Cache, Heads, Point, Visibility
+from sixfold.contracts import Cache, Emission, Heads, Visibility
 from sixfold.geometry.hexgrid import HexGrid
 from sixfold.ops.attend.reference import visible
 
@@ -85,6 +85,9 @@ class Writer(nn.Module):
 class HypernetworkProjection(nn.Module):
     """Weights per head, and per token where tokens see different things."""
 
+    schema = "point"
+    ordered = None
+
     def __init__(self, heads: Heads, **factory: object) -> None:
         super().__init__()
         self.heads, self.grid = heads, HexGrid.of(heads.num_heads)
@@ -94,7 +97,7 @@ class HypernetworkProjection(nn.Module):
 
     def forward(
         self, x: Tensor, context: Tensor, visibility: Visibility, cache: Cache | None
-    ) -> Point:
+    ) -> Emission:
         """Project x (b, n, d_model) and context (b, m, d_model)."""
         if context is x:
             tokens = x if cache is None else cache.append("tokens", x)
@@ -108,7 +111,7 @@ class HypernetworkProjection(nn.Module):
                     "query of the others' keys; use key_mask, or projection 'coordinate'"
                 )
             ours = theirs = summaries(context, visibility, 1)
-        return Point(self.q(x, ours), self.k(context, theirs), self.v(context, theirs))
+        return Emission(self.q(x, ours), self.k(context, theirs), self.v(context, theirs))
 
     def materialize(self) -> dict[str, Tensor]:
         """Plain weights by role at an empty view (s = 0); with a view they differ by input."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from sixfold.contracts import Cache, Heads, Point, Visibility
+from sixfold.contracts import Cache, Emission, Heads, Visibility
 
 
 def split_heads(flat: Tensor, head_dim: int) -> Tensor:
@@ -13,7 +13,9 @@ def split_heads(flat: Tensor, head_dim: int) -> Tensor:
     return flat.unflatten(-1, (-1, head_dim)).transpose(1, 2)
 
 
-def project(x: Tensor, context: Tensor, weight: Tensor, bias: Tensor | None, heads: Heads) -> Point:
+def project(
+    x: Tensor, context: Tensor, weight: Tensor, bias: Tensor | None, heads: Heads
+) -> Emission:
     """Apply fused weights ((h + 2 h_kv) d, d_model) to x and, for keys and values, to context."""
     queries = heads.num_heads * heads.head_dim
     keys = heads.num_kv_heads * heads.head_dim
@@ -23,7 +25,7 @@ def project(x: Tensor, context: Tensor, weight: Tensor, bias: Tensor | None, hea
         head_bias, rest = (None, None) if bias is None else (bias[:queries], bias[queries:])
         query = linear(x, weight[:queries], head_bias)
         parts = (query, *linear(context, weight[queries:], rest).split([keys, keys], dim=-1))
-    return Point(*(split_heads(part, heads.head_dim) for part in parts))
+    return Emission(*(split_heads(part, heads.head_dim) for part in parts))
 
 
 def split_weight(weight: Tensor, heads: Heads) -> dict[str, Tensor]:
@@ -37,6 +39,8 @@ class LinearProjection(nn.Module):
     """One `nn.Linear` for queries, keys and values."""
 
     grid = None
+    schema = "point"
+    ordered = None
 
     def __init__(self, heads: Heads, *, bias: bool = False, **factory: object) -> None:
         super().__init__()
@@ -51,7 +55,7 @@ class LinearProjection(nn.Module):
         context: Tensor,
         visibility: Visibility,  # noqa: ARG002
         cache: Cache | None,  # noqa: ARG002
-    ) -> Point:
+    ) -> Emission:
         """Project x (b, n, d_model) and context (b, m, d_model)."""
         return project(x, context, self.qkv.weight, self.qkv.bias, self.heads)
 

@@ -7,20 +7,20 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from sixfold.attention.score._rated import Clipped
 from sixfold.contracts import Features, Heads
 
 
-class Dot(nn.Module):
-    """Scaled dot product, times 2**power_h: 1 until a head is clipped."""
+class Dot(Clipped):
+    """Scaled dot product."""
 
     rotation_invariant = True
+    signed = True
 
     def __init__(self, heads: Heads, **factory: object) -> None:
-        super().__init__()
-        self.register_buffer("power", torch.zeros(heads.num_heads, **factory))
+        super().__init__(heads, **factory)
         # known to Python, so that a model of which no head is clipped pays nothing
         self.clipped = False
         self.register_load_state_dict_post_hook(Dot._look)
@@ -28,21 +28,20 @@ class Dot(nn.Module):
     def _look(self, *_: Any) -> None:
         self.clipped = bool(self.power.any())
 
-    def forward(self, query: Tensor, key: Tensor) -> Features:
+    def forward(self, query: Tensor, keys: Tensor) -> Features:
         """Queries and keys as they are, scale 1/sqrt(d)."""
         if self.clipped:
             query = query * self.power.exp2()[:, None, None].to(query.dtype)
-        return Features(query, key, query.shape[-1] ** -0.5)
+        return Features(query, keys, query.shape[-1] ** -0.5)
 
     def scale_head_(self, head: int, power: int) -> None:
         """Multiply one head's logits by 2**power, apart from its weights.
 
-        A whole power of two only changes exponents and is kept by itself, so that the inverse call
-        restores every bit. AdamW moves a weight by a fixed amount: weights made smaller by a clip
-        would grow back faster, those behind a smaller factor do not (see LOG.md).
+        AdamW moves a weight by a fixed amount: weights made smaller by a clip would grow back
+        faster, those behind a smaller factor do not (see LOG.md).
         Source: Kimi K2, arXiv 2507.20534, section 2.1 (QK-Clip, there on W_Q and W_K).
         """
-        self.power[head] += power
+        super().scale_head_(head, power)
         self._look()
 
 

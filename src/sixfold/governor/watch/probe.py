@@ -63,7 +63,7 @@ class LayerProbe:
 
     def observe(self, observation: Observation) -> None:
         """Take statistics; they are no part of the graph unless a head is held."""
-        query = observation.features.query
+        query = observation.rating.query
         self.tokens += query.shape[0] * query.shape[-2]
         few = sampled(observation)
         if self.measure and self.max_logit is None:

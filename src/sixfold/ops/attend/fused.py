@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from sixfold.contracts import Features, Visibility
+from sixfold.ops.attend.features import equal_widths
 from sixfold.ops.attend.reference import visible
 
 
@@ -19,6 +20,9 @@ def blind_rows(mask: Tensor) -> Tensor:
 def attend(features: Features, value: Tensor, visibility: Visibility, dropout: float) -> Tensor:
     """Same as the reference, without ever holding the weights."""
     query, key, scale = features
+    width = value.shape[-1]
+    if width != key.shape[-1]:
+        query, key, value = equal_widths(query, key, value)
     n, m = query.shape[-2], key.shape[-2]
     # the kernels align causality upper-left: theirs equals ours only for a square without a mask
     square = False
@@ -33,4 +37,5 @@ def attend(features: Features, value: Tensor, visibility: Visibility, dropout: f
         enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
     # kernels differ on rows that see nothing (zero or NaN by version and device): decide here
+    out = out[..., :width]
     return out if mask is None else out.masked_fill(blind_rows(mask), 0.0)

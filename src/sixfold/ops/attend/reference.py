@@ -1,11 +1,12 @@
-"""What attention over features means: softmax of scaled inner products, materialised."""
+"""What attention means: softmax of a rating over keys, materialised and differentiable twice."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from sixfold.contracts import Features, Visibility
+from sixfold.contracts import Distances, Rating, Visibility
+from sixfold.geometry.metrics import distance
 
 
 def restrict(mask: Tensor | None, allowed: Tensor) -> Tensor:
@@ -25,11 +26,17 @@ def visible(visibility: Visibility, n: int, m: int, device: torch.device) -> Ten
     return restrict(visibility.mask, causal)
 
 
-def logits(features: Features, visibility: Visibility) -> Tensor:
-    """scale * <query, key> where visible, -inf elsewhere; (b, h, n, m)."""
-    query, key, scale = features
-    groups = query.shape[1] // key.shape[1]
-    scores = scale * query @ key.repeat_interleave(groups, dim=1).transpose(-1, -2)
+def logits(rating: Rating, visibility: Visibility) -> Tensor:
+    """The rating where visible, -inf elsewhere; (b, h, n, m).
+
+    scale * <query, key> of features, -rate * ||query - key||_p of distances.
+    """
+    query, key = rating.query, rating.key
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    if isinstance(rating, Distances):
+        scores = -rating.rate[:, None, None] * distance(query, key, rating.p)
+    else:
+        scores = rating.scale * query @ key.transpose(-1, -2)
     mask = visible(visibility, query.shape[-2], key.shape[-2], query.device)
     if mask is None:
         return scores
@@ -38,15 +45,15 @@ def logits(features: Features, visibility: Visibility) -> Tensor:
     return scores + mask.to(scores.dtype)
 
 
-def weights(features: Features, visibility: Visibility) -> Tensor:
+def weights(rating: Rating, visibility: Visibility) -> Tensor:
     """Softmax of the logits over keys; a row that sees nothing is exactly zero. (b, h, n, m)."""
-    scores = logits(features, visibility)
+    scores = logits(rating, visibility)
     blind = scores.isneginf().all(-1, keepdim=True)
     return scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
 
 
-def attend(features: Features, value: Tensor, visibility: Visibility, dropout: float) -> Tensor:
+def attend(rating: Rating, value: Tensor, visibility: Visibility, dropout: float) -> Tensor:
     """Weights times values, (b, h, n, d_v); dropout falls on the weights."""
-    groups = features.query.shape[1] // value.shape[1]
-    kept = torch.dropout(weights(features, visibility), dropout, train=dropout > 0)
+    groups = rating.query.shape[1] // value.shape[1]
+    kept = torch.dropout(weights(rating, visibility), dropout, train=dropout > 0)
     return kept @ value.repeat_interleave(groups, dim=1)
