@@ -89,6 +89,22 @@ class Visibility(NamedTuple):
     is_causal: bool
 
 
+class Statistics(NamedTuple):
+    """What attention did, per head and token, in float32 and nats.
+
+    entropy (b, h, n) of a query's weights; received (b, h, m): the weight a key receives from all
+    queries together; log_sum_exp (b, h, n) of a query's logits, which the largest of them cannot
+    exceed; largest (b, h): the largest logit of a head, or the largest range within a query where
+    the score has no sign; None unless asked for. Of a query that sees nothing entropy is 0 and
+    log_sum_exp -inf.
+    """
+
+    entropy: Tensor
+    received: Tensor
+    log_sum_exp: Tensor
+    largest: Tensor | None = None
+
+
 class Observation(NamedTuple):
     """What a layer shows a probe on a sampled step: the rating and who sees whom."""
 

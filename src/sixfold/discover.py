@@ -13,8 +13,8 @@ from typing import Any
 def names(package: str) -> tuple[str, ...]:
     """Names of the variants in `package`, without importing one of them.
 
-    >>> names("sixfold.attention.score")
-    ('cosine', 'dot')
+    >>> names("sixfold.attention.projection")
+    ('coordinate', 'gaussian', 'gaussian_diagonal', 'hypernetwork', 'linear')
     """
     spec = importlib.util.find_spec(package)
     if spec is None or spec.submodule_search_locations is None:

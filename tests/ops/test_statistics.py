@@ -6,9 +6,11 @@ import math
 import pytest
 import torch
 
-from sixfold.contracts import Features, Observation, Visibility
-from sixfold.ops.attend.reference import weights
-from sixfold.ops.statistics import QUERIES, head_statistics, sampled, spectra
+from sixfold.contracts import Distances, Features, Observation, Visibility
+from sixfold.ops.attend.reference import logits, weights
+from sixfold.ops.statistics import tiled
+from sixfold.ops.statistics.choose import statistics
+from sixfold.ops.statistics.sampled import QUERIES, head_statistics, sampled, spectra
 
 INF = float("inf")
 
@@ -37,7 +39,7 @@ KINDS = ("none", "causal", "bool", "causal_bool", "keys", "float", "causal_float
 
 def by_loop(seen, batches, queries):
     """Largest logit and normalised entropy of each head, one query at a time in float64."""
-    query, key, scale = seen.features
+    query, key, scale = seen.rating
     n, m, heads = query.shape[2], key.shape[2], query.shape[1]
     group = heads // key.shape[1]
     mask = seen.visibility.mask
@@ -84,16 +86,16 @@ def test_sampled_queries_are_evenly_spaced_rows_of_the_first_sequence(kind, n):
     seen = observation(kind, n, n + 3)
     few = sampled(seen)
     count = min(n, QUERIES)
-    assert few.features.query.shape[:3] == (1, 4, count)
-    same = few.features.query[0, 0][:, None] == seen.features.query[0, 0]
+    assert few.rating.query.shape[:3] == (1, 4, count)
+    same = few.rating.query[0, 0][:, None] == seen.rating.query[0, 0]
     rows = same.all(-1).int().argmax(-1)
     gaps = rows.sort().values.diff()
     assert rows.min() == 0
     assert rows.max() == n - 1
     assert gaps.min() > 0
     assert gaps.max() - gaps.min() <= 1
-    whole = weights(seen.features, seen.visibility)[:1]
-    torch.testing.assert_close(weights(few.features, few.visibility), whole[:, :, rows])
+    whole = weights(seen.rating, seen.visibility)[:1]
+    torch.testing.assert_close(weights(few.rating, few.visibility), whole[:, :, rows])
 
 
 def test_entropy_is_one_for_equal_logits_and_zero_for_one_key():
@@ -113,10 +115,10 @@ def test_entropy_is_one_for_equal_logits_and_zero_for_one_key():
 def test_gradient_of_the_entropy_is_that_of_finite_differences(kind):
     """In float32, so by a central difference along random directions."""
     seen = observation(kind)
-    query = seen.features.query.clone().requires_grad_()
+    query = seen.rating.query.clone().requires_grad_()
 
     def total(point):
-        return head_statistics(seen._replace(features=seen.features._replace(query=point)))[1].sum()
+        return head_statistics(seen._replace(rating=seen.rating._replace(query=point)))[1].sum()
 
     gradient = torch.autograd.grad(total(query), query)[0]
     assert torch.isfinite(gradient).all()
@@ -148,3 +150,76 @@ def test_a_known_condition_number_is_found_and_a_singular_one_is_huge():
     assert spectra(flat)[1].item() > 1e7
     largest, condition = spectra(torch.zeros(1, 3, 4))
     assert largest.item() == 0 and math.isfinite(condition.item())
+
+
+def rated(kind, score, **sizes):
+    """The attention of `observation`, by features or by distance."""
+    seen = observation(kind, **sizes)
+    if score == "features":
+        return seen
+    rate = torch.tensor([0.5, 1.0, 0.2, 2.0])
+    query, key, _ = seen.rating
+    return seen._replace(rating=Distances(query, key, rate, 1.0), signed=False)
+
+
+@pytest.mark.parametrize("score", ["features", "distances"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("n", "m"), [(6, 6), (4, 9)])
+def test_all_statistics_are_those_of_the_weights(kind, score, n, m):
+    seen = rated(kind, score, n=n, m=m)
+    double = seen.rating._replace(query=seen.rating.query.double(), key=seen.rating.key.double())
+    explicit, scores = weights(double, seen.visibility), logits(double, seen.visibility)
+    blind = scores.isneginf().all(-1)
+    lse = scores.logsumexp(-1)
+    entropy = torch.special.entr(explicit).sum(-1)
+    top = scores.amax(-1)
+    if not seen.signed:
+        top -= scores.masked_fill(scores.isneginf(), INF).amin(-1)
+    top = top.masked_fill(blind, -INF).amax(-1)
+    for impl in ("tiled", "reference", "fused", "auto"):
+        wanted = impl in ("tiled", "reference")
+        if impl == "fused" and (score == "distances" or "float" in kind):
+            with pytest.raises(ValueError, match="cannot give these statistics.*use 'tiled'"):
+                statistics(seen, impl="fused")
+            continue
+        found = statistics(seen, impl=impl, largest=wanted)
+        close = {"rtol": 1e-6, "atol": 2e-6, "check_dtype": False}
+        torch.testing.assert_close(found.entropy, entropy, **close)
+        torch.testing.assert_close(found.received, explicit.sum(-2), **close)
+        torch.testing.assert_close(found.log_sum_exp, lse, **close)
+        if wanted:
+            torch.testing.assert_close(found.largest, top, **close)
+        assert (found.largest is not None) == wanted
+
+
+def test_received_weight_of_all_keys_is_the_number_of_queries_that_see(monkeypatch):
+    monkeypatch.setattr(tiled, "ROWS", 4)
+    for score, kind in itertools.product(("features", "distances"), KINDS):
+        seen = rated(kind, score, n=11, m=11)
+        found = statistics(seen)
+        count = (~found.log_sum_exp.isneginf()).sum(-1)
+        torch.testing.assert_close(found.received.sum(-1), count.float())
+
+
+def test_the_largest_logit_lies_under_the_log_sum_exp():
+    seen = observation("causal", n=40, m=40)
+    found = statistics(seen, largest=True)
+    upper = found.log_sum_exp.amax(-1)
+    assert (found.largest <= upper).all()
+    assert (found.largest >= upper - math.log(40)).all()
+
+
+def test_the_reference_statistics_have_gradients():
+    seen = observation("causal_bool")
+    query = seen.rating.query.double().requires_grad_()
+
+    def entropy(query):
+        one = seen._replace(rating=seen.rating._replace(query=query, key=seen.rating.key.double()))
+        return statistics(one, impl="reference").entropy
+
+    assert torch.autograd.gradcheck(entropy, query, fast_mode=True)
+
+
+def test_an_unknown_implementation_is_refused():
+    with pytest.raises(ValueError, match="unknown impl 'flash'"):
+        statistics(observation("none"), impl="flash")

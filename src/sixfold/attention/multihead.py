@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from sixfold.attention.rotary import rotate
-from sixfold.contracts import Cache, Heads, Observation, Probe, Visibility
+from sixfold.contracts import Cache, Emission, Heads, Observation, Probe, Statistics, Visibility
 from sixfold.discover import load, unknown
 from sixfold.geometry.hexgrid import HexGrid
 from sixfold.ops.attend import choose, reference
+from sixfold.ops.statistics.choose import statistics
 
 Part = str | Mapping[str, Any]
 """A variant's name, or its name with options: ``{"name": "hexagonal", "tied": True}``."""
@@ -206,27 +207,17 @@ class MultiHeadAttention(nn.Module):
             ValueError: for masks of the wrong shape, and for a cache, rope or frames of positions
                 with a context.
         """
-        if not self.batch_first:
-            x = x.transpose(0, 1)
-            context = None if context is None else context.transpose(0, 1)
-        ordered = "rope" if self.rope_theta is not None else self.projection.ordered
-        if context is not None and (cache is not None or ordered):
-            part = "a cache" if cache is not None else ordered
-            raise ValueError(f"{part} orders the tokens of one sequence: it cannot serve a context")
+        x, source = self._sources(x, context, cache)
         probe = self.probe if self.training and self.probe is not None else UNWATCHED
-        source = x if context is None else context
         past = 0 if cache is None else cache.length
-        shape = (x.shape[0], self.heads.num_heads, x.shape[1], past + source.shape[1])
-        visibility = visibility_of(attn_mask, key_mask, shape, is_causal=is_causal)
+        visibility = self._visibility(x, source, past, attn_mask, key_mask, is_causal=is_causal)
         probe.mark("start")
-        query, key, value = self.projection(x, source, visibility, cache)
-        if self.rope_theta is not None:
-            query, key = rotate(query, past, self.rope_theta), rotate(key, past, self.rope_theta)
+        query, key, value = self._project(x, source, visibility, cache)
         keys, value = self.score.keys(key), self.score.carry(value, key)
         if cache is not None:
             keys, value = cache.append("key", keys), cache.append("value", value)
         probe.mark("projection")
-        visibility = self.reach(visibility, shape[2], shape[3], x.device)
+        visibility = self.reach(visibility, x.shape[1], past + source.shape[1], x.device)
         rating = self.score(query, keys)
         dropout = self.dropout if self.training else 0.0
         out = choose.attend(rating, value, visibility, dropout, self.impl)
@@ -239,6 +230,72 @@ class MultiHeadAttention(nn.Module):
         probe.mark("output")
         out = out if self.batch_first else out.transpose(0, 1)
         return (out, reference.weights(rating, visibility)) if need_weights else out
+
+    @torch.no_grad()
+    def statistics(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        attn_mask: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        is_causal: bool = False,
+        largest: bool = False,
+        impl: str = "auto",
+    ) -> Statistics:
+        """Entropy, weight received and log-sum-exp per head and token, without the weights.
+
+        Arguments as in `forward`; ``largest`` also finds the exact largest logit of each head.
+
+        >>> layer = MultiHeadAttention(32, 4)
+        >>> found = layer.statistics(torch.zeros(1, 8, 32))  # all keys alike: log 8 nats
+        >>> round(found.entropy.mean().item(), 4), found.received.mean().item()
+        (2.0794, 1.0)
+        """
+        x, source = self._sources(x, context, None)
+        visibility = self._visibility(x, source, 0, attn_mask, key_mask, is_causal=is_causal)
+        query, key, _ = self._project(x, source, visibility, None)
+        visibility = self.reach(visibility, x.shape[1], source.shape[1], x.device)
+        rating = self.score(query, self.score.keys(key))
+        seen = Observation(rating, visibility, self.score.signed)
+        return statistics(seen, largest=largest, impl=impl)
+
+    def _sources(
+        self, x: Tensor, context: Tensor | None, cache: Cache | None
+    ) -> tuple[Tensor, Tensor]:
+        """Where queries and keys come from, batch first."""
+        if not self.batch_first:
+            x = x.transpose(0, 1)
+            context = None if context is None else context.transpose(0, 1)
+        ordered = "rope" if self.rope_theta is not None else self.projection.ordered
+        if context is not None and (cache is not None or ordered):
+            part = "a cache" if cache is not None else ordered
+            raise ValueError(f"{part} orders the tokens of one sequence: it cannot serve a context")
+        return x, x if context is None else context
+
+    def _visibility(
+        self,
+        x: Tensor,
+        source: Tensor,
+        past: int,
+        attn_mask: Tensor | None,
+        key_mask: Tensor | None,
+        *,
+        is_causal: bool,
+    ) -> Visibility:
+        shape = (x.shape[0], self.heads.num_heads, x.shape[1], past + source.shape[1])
+        return visibility_of(attn_mask, key_mask, shape, is_causal=is_causal)
+
+    def _project(
+        self, x: Tensor, source: Tensor, visibility: Visibility, cache: Cache | None
+    ) -> Emission:
+        """What the projection emits, rotated where this layer rotates."""
+        past = 0 if cache is None else cache.length
+        emitted = self.projection(x, source, visibility, cache)
+        if self.rope_theta is None:
+            return emitted
+        turned = (rotate(part, past, self.rope_theta) for part in (emitted.query, emitted.key))
+        return Emission(*turned, emitted.value)
 
     def scale_head_(self, head: int, power: int) -> None:
         """Multiply the logits of one head by 2**power, in place and exactly reversibly."""
@@ -253,10 +310,8 @@ class MultiHeadAttention(nn.Module):
         A layer computes what it computed, with fewer digits lost to an offset that all keys share:
         worth it for scores by distance or divergence in half precision.
         """
-        key = self.projection(x, x, Visibility(None, is_causal=True), None).key
-        if self.rope_theta is not None:
-            key = rotate(key, 0, self.rope_theta)
-        self.score.recenter_(key)
+        everything = Visibility(None, is_causal=True)
+        self.score.recenter_(self._project(x, x, everything, None).key)
 
     def materialize(self) -> dict[str, Tensor]:
         """Plain weights ``q`` (h, d, d_model), ``k`` and ``v`` (h_kv, d, d_model)."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from sixfold.attention.multihead import MultiHeadAttention
 from sixfold.contracts import PerHead
 from sixfold.governor.watch.probe import LayerProbe
-from sixfold.ops.statistics import spectra
+from sixfold.ops.statistics.sampled import spectra
 
 UNITS = {
     "loss": "the loss's own",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sixfold.attention.multihead import MultiHeadAttention
 from sixfold.contracts import Observation
-from sixfold.ops.statistics import head_statistics, sampled
+from sixfold.ops.statistics.sampled import head_statistics, sampled
 
 Stage = Literal["start", "projection", "attention", "mixing"]
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from sixfold.contracts import Distances, Rating, Visibility
 from sixfold.geometry.metrics import distance
+
+
+Metric = Callable[[Tensor, Tensor, float], Tensor]
 
 
 def restrict(mask: Tensor | None, allowed: Tensor) -> Tensor:
@@ -26,10 +31,20 @@ def visible(visibility: Visibility, n: int, m: int, device: torch.device) -> Ten
     return restrict(visibility.mask, causal)
 
 
-def logits(rating: Rating, visibility: Visibility) -> Tensor:
+def masked(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Scores with a float mask added, or -inf where a boolean one is False."""
+    if mask is None:
+        return scores
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(~mask, float("-inf"))
+    return scores + mask.to(scores.dtype)
+
+
+def logits(rating: Rating, visibility: Visibility, distance: Metric = distance) -> Tensor:
     """The rating where visible, -inf elsewhere; (b, h, n, m).
 
-    scale * <query, key> of features, -rate * ||query - key||_p of distances.
+    scale * <query, key> of features, -rate * ||query - key||_p of distances, which another function
+    of the same meaning may compute.
     """
     query, key = rating.query, rating.key
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
@@ -37,12 +52,7 @@ def logits(rating: Rating, visibility: Visibility) -> Tensor:
         scores = -rating.rate[:, None, None] * distance(query, key, rating.p)
     else:
         scores = rating.scale * query @ key.transpose(-1, -2)
-    mask = visible(visibility, query.shape[-2], key.shape[-2], query.device)
-    if mask is None:
-        return scores
-    if mask.dtype == torch.bool:
-        return scores.masked_fill(~mask, float("-inf"))
-    return scores + mask.to(scores.dtype)
+    return masked(scores, visible(visibility, query.shape[-2], key.shape[-2], query.device))
 
 
 def weights(rating: Rating, visibility: Visibility) -> Tensor:

@@ -13,21 +13,27 @@ from sixfold.ops.attend.reference import logits, restrict
 QUERIES = 64
 
 
+def at(observation: Observation, rows: Tensor) -> Observation:
+    """The same attention of some of its queries, by their numbers."""
+    rating, (mask, is_causal) = observation.rating, observation.visibility
+    n, m = rating.query.shape[-2], rating.key.shape[-2]
+    if mask is not None and mask.shape[-2] != 1:
+        mask = mask[..., rows, :]
+    if is_causal:
+        earlier = torch.arange(m, device=rows.device) <= rows[:, None] + (m - n)
+        mask = restrict(mask, earlier)
+    few = rating._replace(query=rating.query[:, :, rows])
+    return Observation(few, Visibility(mask, is_causal=False), observation.signed)
+
+
 def sampled(observation: Observation, queries: int = QUERIES) -> Observation:
     """The first sequence of the batch at up to `queries` evenly spaced queries, and the last."""
-    rating = observation.rating
-    query, key = rating.query, rating.key
-    n, m, device = query.shape[-2], key.shape[-2], query.device
-    rows = torch.linspace(n - 1, 0, min(queries, n), device=device).round().long()
-    mask, is_causal = observation.visibility
-    if mask is not None:
-        mask = mask if mask.ndim < 4 else mask[:1]
-        mask = mask if mask.shape[-2] == 1 else mask[..., rows, :]
-    if is_causal:
-        earlier = torch.arange(m, device=device) <= rows[:, None] + (m - n)
-        mask = restrict(mask, earlier)
-    few = rating._replace(query=query[:1, :, rows], key=key[:1])
-    return Observation(few, Visibility(mask, is_causal=False), observation.signed)
+    rating, (mask, is_causal) = observation.rating, observation.visibility
+    n = rating.query.shape[-2]
+    rows = torch.linspace(n - 1, 0, min(queries, n), device=rating.query.device).round().long()
+    first = rating._replace(query=rating.query[:1], key=rating.key[:1])
+    mask = mask if mask is None or mask.ndim < 4 else mask[:1]
+    return at(Observation(first, Visibility(mask, is_causal), observation.signed), rows)
 
 
 def head_statistics(observation: Observation) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,44 @@
+"""Statistics of attention, from the explicit weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sixfold.contracts import Observation, Rating, Statistics
+from sixfold.ops.attend.reference import logits
+
+
+def widened(rating: Rating) -> Rating:
+    """The same rating in float32, or wider where it already is."""
+    kind = torch.promote_types(rating.query.dtype, torch.float32)
+    return rating._replace(query=rating.query.to(kind), key=rating.key.to(kind))
+
+
+def reduce(scores: Tensor, *, signed: bool) -> Statistics:
+    """All statistics of explicit logits (b, h, n, m), -inf where a query does not see a key."""
+    seen = ~scores.isneginf()
+    blind = ~seen.any(-1)
+    lse = scores.masked_fill(blind[..., None], 0.0).logsumexp(-1)
+    log_p = scores - lse[..., None]
+    weights = log_p.exp()
+    # 0 log 0 is 0: what is not seen adds nothing
+    entropy = -(weights * log_p.masked_fill(~seen, 0.0)).sum(-1)
+    largest = scores.amax(-1)
+    if not signed:
+        least = scores.masked_fill(~seen, float("inf")).amin(-1)
+        largest = (largest - least).masked_fill(blind, float("-inf"))
+    return Statistics(
+        entropy.masked_fill(blind, 0.0),
+        weights.sum(-2),
+        lse.masked_fill(blind, float("-inf")),
+        largest.amax(-1),
+    )
+
+
+def statistics(observation: Observation, *, largest: bool = True) -> Statistics:
+    """Statistics of all queries and keys; holds b h n m numbers."""
+    with torch.autocast(observation.rating.query.device.type, enabled=False):
+        scores = logits(widened(observation.rating), observation.visibility)
+    found = reduce(scores, signed=observation.signed)
+    return found if largest else found._replace(largest=None)

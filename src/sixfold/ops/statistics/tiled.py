@@ -1,0 +1,35 @@
+"""Statistics of attention of any score, some queries at a time: memory linear in the tokens."""
+
+from __future__ import annotations
+
+import torch
+
+from sixfold.contracts import Observation, Statistics
+from sixfold.ops.attend.reference import logits
+from sixfold.ops.distance.tiled import distance
+from sixfold.ops.statistics.reference import reduce, widened
+from sixfold.ops.statistics.sampled import at
+
+ROWS = 128
+"""Queries at a time."""
+
+
+@torch.no_grad()
+def statistics(observation: Observation, *, largest: bool = True) -> Statistics:
+    """Same as the reference, without its gradient, and never more than `ROWS` rows of weights."""
+    rating = observation.rating
+    places = torch.arange(rating.query.shape[-2], device=rating.query.device)
+    parts = []
+    with torch.autocast(rating.query.device.type, enabled=False):
+        whole = observation._replace(rating=widened(rating))
+        for rows in places.split(ROWS):
+            few = at(whole, rows)
+            scores = logits(few.rating, few.visibility, distance)
+            parts.append(reduce(scores, signed=observation.signed))
+    entropy, received, lse, top = zip(*parts, strict=True)
+    return Statistics(
+        torch.cat(entropy, -1),
+        torch.stack(received).sum(0),
+        torch.cat(lse, -1),
+        torch.stack(top).amax(0) if largest else None,
+    )
