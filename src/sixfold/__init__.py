@@ -8,6 +8,9 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "DistanceBasedAttention": "sixfold.attention.named",
+    "DistanceType": "sixfold.attention.named",
+    "GaugeAttention": "sixfold.attention.named",
     "HexCoordinate": "sixfold.geometry.hexgrid",
     "HexGrid": "sixfold.geometry.hexgrid",
     "HexagonalMultiHeadAttention": "sixfold.attention.named",

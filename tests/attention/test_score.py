@@ -10,7 +10,7 @@ from sixfold import MultiHeadAttention
 from sixfold.attention.multihead import build_part
 from sixfold.contracts import Belief, Heads, Visibility
 from sixfold.geometry.frames import cayley
-from sixfold.geometry.gaussian import half, lower
+from sixfold.geometry.gaussian import half
 from sixfold.ops.attend.reference import logits
 
 B, H, N, M, D = 2, 3, 5, 6, 4
@@ -45,10 +45,8 @@ def diagonal(n, seed=0):
 def factors(n, seed):
     """Cholesky factors of well-conditioned covariances: 1e-12 is to mean an error, not a matrix."""
     generator = torch.Generator().manual_seed(seed)
-    raw = torch.randn(B, H, n, D * (D + 1) // 2, dtype=torch.float64, generator=generator)
-    factor = 0.3 * lower(raw)
-    scales = 0.7 + factor.diagonal(dim1=-2, dim2=-1).abs()
-    return torch.diagonal_scatter(factor, scales, dim1=-2, dim2=-1)
+    raw = 0.3 * torch.randn(B, H, n, D, D, dtype=torch.float64, generator=generator)
+    return raw.tril(-1) + torch.diag_embed(0.7 + raw.diagonal(dim1=-2, dim2=-1).abs())
 
 
 def frames(n, seed, *, rotations):

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from enum import StrEnum
 from typing import Any
 
-from sixfold.attention.multihead import MultiHeadAttention
+from torch import Tensor, nn
+
+from sixfold.attention.beliefs import Update, believe, divergence_score, listen
+from sixfold.attention.multihead import MultiHeadAttention, check_sizes, visibility_of
+from sixfold.attention.score.cosine import LARGEST
+from sixfold.discover import unknown
 from sixfold.geometry.hexgrid import HexGrid
+from sixfold.ops.attend.reference import weights
 
 
 class HexagonalMultiHeadAttention(MultiHeadAttention):
@@ -43,3 +51,276 @@ class HexagonalMultiHeadAttention(MultiHeadAttention):
         }
         num_heads = HexGrid(grid_radius).num_heads
         super().__init__(d_model, num_heads, head_dim=d_head, **(parts | options))
+
+
+class DistanceType(StrEnum):
+    """Distances by which a query may rate a key; the values are names of scores.
+
+    >>> DistanceType("l1") is DistanceType.L1
+    True
+    """
+
+    L1 = "l1"
+    L2 = "l2"
+    LP = "lp"
+    COSINE = "cosine"
+    CHEBYSHEV = "chebyshev"
+    L2_SQUARED = "l2_squared"
+
+    @classmethod
+    def _missing_(cls, value: object) -> None:
+        raise ValueError(unknown("distance_type", value, [kind.value for kind in cls]))
+
+
+def distance_score(
+    distance_type: DistanceType | str, lambda_param: float, p_norm: float, head_dim: int
+) -> dict[str, Any]:
+    """The score whose logits are -lambda distance / sqrt(head_dim), as options of a layer.
+
+    Its lambdas are learned: one positive number per head, of which the logarithm is the parameter.
+
+    Raises ValueError for a distance that does not exist, a lambda that is not positive, and one
+    beyond what the temperature of the cosine may be.
+    """
+    kind = DistanceType(distance_type)
+    if not (lambda_param > 0 and math.isfinite(lambda_param)):
+        raise ValueError(f"lambda_param must be positive and finite, got {lambda_param}")
+    if kind is DistanceType.LP and not p_norm >= 1:
+        raise ValueError(f"p_norm must be in [1, inf], got {p_norm}")
+    rate = lambda_param / math.sqrt(head_dim)
+    if kind is DistanceType.COSINE and rate > LARGEST:
+        raise ValueError(
+            f"lambda_param must be at most {LARGEST} sqrt({head_dim}) for the cosine, "
+            f"got {lambda_param}"
+        )
+    return {"name": kind.value, "rate": rate} | ({"p": p_norm} if kind is DistanceType.LP else {})
+
+
+class DistanceBasedAttention(nn.Module):
+    """Attention by distance: softmax(-lambda distance(q_i, k_j) / sqrt(d)) V.
+
+    The cosine distance is 1 - cos(q_i, k_j). A learned lambda is one number per head and always
+    positive, for what is learned is its logarithm: a negative one would attend to what is farthest.
+    The layer itself is `attention`, a `MultiHeadAttention`.
+
+    Args:
+        hidden_size: width of inputs and outputs (`d_model` elsewhere).
+        num_heads: heads.
+        distance_type: a `DistanceType` or its value.
+        lambda_param: where every head's lambda starts.
+        p_norm: p of the distance LP, in [1, inf]; the others do not read it.
+        dropout: probability of dropping an attention weight in training.
+        options: any further argument of `MultiHeadAttention`.
+
+    Raises:
+        ValueError: for an unknown distance, a lambda that is not positive, a p below 1, and
+            sizes that do not divide.
+
+    Source: Kim, Papamakarios, Mnih, arXiv 2006.04710 (squared L2); Liu et al., arXiv 2111.09883,
+    section 3.2 (cosine).
+
+    >>> import torch
+    >>> layer = DistanceBasedAttention(32, 4, DistanceType.L1)
+    >>> output, weights = layer(torch.randn(2, 5, 32), output_attentions=True)
+    >>> output.shape, weights.shape
+    (torch.Size([2, 5, 32]), torch.Size([2, 4, 5, 5]))
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        distance_type: DistanceType | str = DistanceType.L1,
+        lambda_param: float = 1.0,
+        p_norm: float = 2.0,
+        dropout: float = 0.0,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        sizes = (options.get("head_dim"), options.get("num_kv_heads"))
+        head_dim = check_sizes(hidden_size, num_heads, *sizes).head_dim
+        self.distance_type = DistanceType(distance_type)
+        score = distance_score(self.distance_type, lambda_param, p_norm, head_dim)
+        self.attention = MultiHeadAttention(
+            hidden_size, num_heads, score=score, dropout=dropout, **options
+        )
+        self.set_learnable_lambda(False)
+
+    def forward(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool = False,  # noqa: FBT001, FBT002
+        *,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from x to itself.
+
+        Args:
+            x: (b, n, hidden_size).
+            attention_mask: (b, n), 1 or True at real tokens; or a mask of pairs, (b, n, n) or
+                (b, h, n, n), as `attn_mask` of `MultiHeadAttention`.
+            output_attentions: also return the weights, before dropout.
+            is_causal: a token sees none after it.
+
+        Returns:
+            (b, n, hidden_size), and the weights (b, h, n, n) or None. Rows that may attend to
+            nothing are zero.
+
+        Raises:
+            ValueError: for a mask of another shape, or one of tokens that is not 0 and 1.
+        """
+        masks = {} if attention_mask is None else as_mask(attention_mask)
+        found = self.attention(x, is_causal=is_causal, need_weights=output_attentions, **masks)
+        return found if output_attentions else (found, None)
+
+    @property
+    def lambda_param(self) -> Tensor:
+        """Every head's lambda, (h,)."""
+        return self.attention.score.rate() * math.sqrt(self.attention.heads.head_dim)
+
+    @property
+    def learnable_lambda(self) -> Tensor | None:
+        """Every head's lambda, (h,), where it is learned; None where it is fixed."""
+        return self.lambda_param if self.attention.score.log_rate.requires_grad else None
+
+    def set_learnable_lambda(self, enabled: bool = True) -> None:  # noqa: FBT001, FBT002
+        """Learn the lambdas, or leave them where they are.
+
+        The parameter is there from the start: an optimizer made before this call moves it as well.
+        """
+        self.attention.score.log_rate.requires_grad_(enabled)
+
+    def extra_repr(self) -> str:
+        """Shown in the module's printout."""
+        return f"distance_type={self.distance_type.value}"
+
+
+def as_mask(attention_mask: Tensor) -> dict[str, Tensor]:
+    """A mask of tokens, 0 and 1, or of pairs of tokens, in the words of `MultiHeadAttention`.
+
+    >>> import torch
+    >>> as_mask(torch.tensor([[1, 0]]))
+    {'key_mask': tensor([[ True, False]])}
+    """
+    if attention_mask.ndim != 2:
+        return {"attn_mask": attention_mask}
+    real = attention_mask == 1
+    if not (real | (attention_mask == 0)).all():
+        raise ValueError("attention_mask of tokens must hold 1 (real) and 0 (padding) only")
+    return {"key_mask": real}
+
+
+class GaugeAttention(MultiHeadAttention):
+    """Attention of beliefs by divergence: softmax(-KL(q_i || Omega_ij q_j) / kappa).
+
+    Every token is one Gaussian q_i per head, in a frame of its own, as a query and as a key.
+    Omega_ij = U_i U_j^-1 moves beliefs, and values, from the frame of j to that of i. The frames
+    are rotations or any invertible matrices, so that going around a loop changes nothing.
+    `update` takes beliefs that are given instead of projected.
+
+    KL(q_i || q_i) = 0 is the best rating there is: a token always sees itself most. This is kept,
+    as in the formula; ``reach="others"`` leaves the token itself out.
+
+    Args:
+        d_model: width of inputs and outputs.
+        num_heads: heads, each with its own belief of a token.
+        head_dim: width of a belief, d_model // num_heads unless given.
+        frames: ``so`` (rotations), ``gl`` (invertible matrices), or None for one common frame.
+        per: a frame per ``position`` or per ``token``.
+        kappa: the temperature, sqrt(head_dim) unless given.
+        learn_kappa: learn one per head, by its logarithm.
+        options: any further argument of `MultiHeadAttention`.
+
+    Raises:
+        ValueError: for a kappa that is not positive, and as `MultiHeadAttention`.
+
+    >>> import torch
+    >>> layer = GaugeAttention(16, num_heads=4)
+    >>> layer(torch.randn(2, 5, 16), is_causal=True).shape
+    torch.Size([2, 5, 16])
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int = 1,
+        head_dim: int | None = None,
+        *,
+        frames: str | None = "so",
+        per: str = "position",
+        kappa: float | None = None,
+        learn_kappa: bool = False,
+        **options: Any,
+    ) -> None:
+        width = check_sizes(d_model, num_heads, head_dim, options.get("num_kv_heads")).head_dim
+        projection = {"name": "gaussian", "tied": True, "frames": frames, "per": per}
+        score = divergence_score(math.sqrt(width) if kappa is None else kappa, learned=learn_kappa)
+        super().__init__(
+            d_model, num_heads, head_dim, projection=projection, score=score, **options
+        )
+        self.frames = frames
+
+    @property
+    def kappa(self) -> Tensor:
+        """Every head's temperature, (h,)."""
+        return 1 / self.score.rate()
+
+    def update(
+        self,
+        mean: Tensor,
+        covariance: Tensor | None = None,
+        phi: Tensor | None = None,
+        *,
+        factor: Tensor | None = None,
+        covariances: bool = False,
+        need_weights: bool = False,
+        **visibility: Any,
+    ) -> Update:
+        """What tokens believe after listening: mu_i' = sum over j of beta_ij Omega_ij mu_j.
+
+        Nothing is projected and nothing learned but kappa. An offset that all means share costs
+        digits: in float32 give them relative to a point near them.
+
+        Args:
+            mean: (n, d) or (b, n, d) with one head, or (b, h, n, d); d is `head_dim`.
+            covariance: (..., n, d, d), symmetric and positive definite.
+            phi: (..., n, g), coordinates of the frames U_i = exp(phi_i) in the algebra `frames`
+                (g = d (d - 1) / 2 in so(d), d^2 in gl(d)); without it all share one frame.
+            factor: lower Cholesky factors (..., n, d, d), instead of `covariance`.
+            covariances: also the covariances of the mixtures, sum over j of
+                beta_ij Omega_ij (S_j + mu_j mu_j^T) Omega_ij^T - mu_i' mu_i'^T.
+            need_weights: also the weights beta, (b, h, n, n).
+            visibility: ``attn_mask``, ``key_mask`` and ``is_causal`` as in `forward`.
+
+        Returns:
+            An `Update` of the same shapes. Tokens that see none have mean and covariance zero.
+
+        Raises:
+            ValueError: naming the argument: a covariance that is not symmetric and positive
+                definite, a factor that is not lower triangular with a positive diagonal, shapes
+                that cannot be meant, a phi without `frames`.
+
+        >>> import torch
+        >>> layer = GaugeAttention(2, kappa=1.0)
+        >>> mu, same = torch.tensor([[0.0, 0.0], [2.0, 0.0]]), torch.eye(2).expand(2, 2, 2)
+        >>> layer.update(mu, same).mean[0, 0]  # 2 e^-2 / (1 + e^-2)
+        tensor(0.2384)
+        """
+        belief = believe(mean, covariance, phi, factor=factor, algebra=self.frames)
+        batch, heads, n, d = belief.mean.shape
+        if (heads, d) != (self.heads.num_heads, self.heads.head_dim):
+            raise ValueError(
+                f"mean must have {self.heads.num_heads} heads of width {self.heads.head_dim}, "
+                f"got {heads} of width {d}"
+            )
+        masks = {"attn_mask": None, "key_mask": None, "is_causal": False} | visibility
+        seen = visibility_of(shape=(batch, heads, n, n), **masks)
+        seen = self.reach(seen, n, n, mean.device)
+        rating = self.score(belief, self.score.keys(belief))
+        found, spread = listen(belief, rating, seen, self.impl, covariances=covariances)
+        return Update(
+            found.reshape(mean.shape),
+            None if spread is None else spread.reshape(*mean.shape, d),
+            weights(rating, seen) if need_weights else None,
+        )

@@ -6,8 +6,6 @@ Cholesky factor L (..., d, d), S = L L^T, for a full one. Divergences are in nat
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -76,21 +74,20 @@ def half(matrix: Tensor, *, weighted: bool = False) -> Tensor:
     return packed * torch.where(rows == columns, 1.0, 2.0).to(matrix) if weighted else packed
 
 
-def lower(packed: Tensor) -> Tensor:
-    """The lower triangular matrix whose rows are `packed`, (..., d (d + 1) / 2) to (..., d, d).
+def triangle(diagonal: Tensor, below: Tensor) -> Tensor:
+    """A lower triangular matrix from its diagonal (..., d) and what is below it, row by row.
 
-    >>> lower(torch.tensor([1.0, 2.0, 3.0]))
+    >>> triangle(torch.tensor([1.0, 2.0]), torch.tensor([3.0]))
     tensor([[1., 0.],
-            [2., 3.]])
+            [3., 2.]])
     """
-    count = packed.shape[-1]
-    d = math.isqrt(2 * count)
-    if d * (d + 1) // 2 != count:
-        raise ValueError(f"a lower triangle has d (d + 1) / 2 entries, got {count}")
-    places = torch.full((d, d), count, device=packed.device)  # above the diagonal: the zero
-    rows, columns = torch.tril_indices(d, d, device=packed.device)
-    places[rows, columns] = torch.arange(count, device=packed.device)
-    return _take(pad(packed, (0, 1)), places.flatten()).unflatten(-1, (d, d))
+    d, count = diagonal.shape[-1], below.shape[-1]
+    places = torch.full((d, d), d + count, device=below.device)  # above the diagonal: the zero
+    places.diagonal().copy_(torch.arange(d))
+    rows, columns = torch.tril_indices(d, d, offset=-1, device=below.device)
+    places[rows, columns] = torch.arange(d, d + count, device=below.device)
+    entries = pad(torch.cat([diagonal, below], dim=-1), (0, 1))
+    return _take(entries, places.flatten()).unflatten(-1, (d, d))
 
 
 def _take(entries: Tensor, places: Tensor) -> Tensor:

@@ -70,17 +70,19 @@ class SequenceClassifier(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits (b, num_classes) of sequences (b, n)."""
-        if tokens.shape[1] > self.context:
+        return self.head(self.pooled(self.embedding(tokens), tokens != self.pad))
+
+    def pooled(self, x: Tensor, real: Tensor) -> Tensor:
+        """Mean state (b, d_model) of embedded tokens (b, n, d_model) where `real` (b, n)."""
+        if x.shape[1] > self.context:
             raise ValueError(
-                f"sequence of {tokens.shape[1]} tokens is longer than the context of {self.context}"
+                f"sequence of {x.shape[1]} tokens is longer than the context of {self.context}"
             )
-        real = tokens != self.pad
-        x = self.drop(self.embedding(tokens))
+        x = self.drop(x)
         for block in self.blocks:
             x = block(x, key_mask=real)
         weight = real.to(x.dtype)[..., None]
-        pooled = (self.norm(x) * weight).sum(1) / weight.sum(1).clamp(min=1)
-        return self.head(pooled)
+        return (self.norm(x) * weight).sum(1) / weight.sum(1).clamp(min=1)
 
     def outer_flops(self, tokens: int) -> int:  # noqa: ARG002 - one head per sequence
         """FLOPs of the head, for one sequence."""

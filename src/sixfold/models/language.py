@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sixfold.attention.cache import KeyValueCache
+from sixfold.contracts import Cache
 from sixfold.discover import unknown
 from sixfold.models._block import blocks, given, with_defaults
 
@@ -73,28 +74,51 @@ class LanguageModel(nn.Module):
         self,
         tokens: Tensor,
         *,
-        caches: Sequence[KeyValueCache] | None = None,
+        caches: Sequence[Cache] | None = None,
         key_mask: Tensor | None = None,
     ) -> Tensor:
         """Logits (b, n, vocab_size) of the token after each of `tokens` (b, n).
 
         `caches` (one per block) hold earlier segments and are extended; `key_mask` (b, m) is False
-        at padding, cached tokens included.
+        at padding, cached tokens included. Padding on either side moves no position: rotary ones
+        are relative, learned ones count real tokens.
+        """
+        states = self.hidden(self.embedding(tokens), caches=caches, key_mask=key_mask)
+        return nn.functional.linear(states, self.embedding.weight)
+
+    def hidden(
+        self,
+        x: Tensor,
+        *,
+        caches: Sequence[Cache] | None = None,
+        key_mask: Tensor | None = None,
+    ) -> Tensor:
+        """States (b, n, d_model) that the head reads, of embedded tokens of that shape.
+
+        `caches` and `key_mask` as in `forward`.
         """
         past = caches[0].length if caches else 0
-        x = self.embedding(tokens)
         if self.position is not None:
-            if past + tokens.shape[1] > self.context:
-                raise ValueError(
-                    f"sequence of {past + tokens.shape[1]} tokens is longer than the context of "
-                    f"{self.context} whose positions were learned"
-                )
-            x = x + self.position.weight[past : past + tokens.shape[1]]
+            x = x + self.position(self._places(past, x.shape[1], key_mask, x.device))
         x = self.drop(x)
         for layer, block in enumerate(self.blocks):
             cache = caches[layer] if caches else None
             x = block(x, cache=cache, key_mask=key_mask, is_causal=True)
-        return nn.functional.linear(self.norm(x), self.embedding.weight)
+        return self.norm(x)
+
+    def _places(self, past: int, n: int, key_mask: Tensor | None, device: torch.device) -> Tensor:
+        """Positions (n,) or (b, n) of the last n tokens, counted over real ones."""
+        end = past + n
+        if end > self.context:
+            raise ValueError(
+                f"sequence of {end} tokens is longer than the context of {self.context} whose "
+                "positions were learned"
+            )
+        if key_mask is None:
+            return torch.arange(past, end, device=device)
+        if key_mask.ndim != 2 or key_mask.shape[1] != end:
+            raise ValueError(f"key_mask must be (b, m) with m = {end}, got {tuple(key_mask.shape)}")
+        return (key_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]
 
     def outer_flops(self, tokens: int) -> int:
         """FLOPs of the head, for one sequence."""

@@ -1,4 +1,4 @@
-"""Beliefs with full covariance: N(m, L L^T) in the token's own frame, m = W_m x, L = lower(W_L x).
+"""Beliefs with full covariance: N(m, L L^T) in the token's own frame, m = W_m x, L from W_L x.
 
 The diagonal of L is FLOOR + softplus(. + c), so that every covariance is positive definite; a fresh
 one is near the identity. Frames U_i (none, rotations, or any invertible matrix; per position or per
@@ -7,7 +7,6 @@ token) say how a token's own axes lie to the common ones.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
@@ -16,7 +15,7 @@ from sixfold.attention.projection._frames import PER
 from sixfold.contracts import Belief, Heads
 from sixfold.discover import unknown
 from sixfold.geometry.frames import ALGEBRAS
-from sixfold.geometry.gaussian import lower
+from sixfold.geometry.gaussian import triangle
 
 
 class GaussianProjection(BeliefProjection):
@@ -38,9 +37,8 @@ class GaussianProjection(BeliefProjection):
 
     def shape(self, raw: Tensor) -> Tensor:
         """Lower Cholesky factors (b, h, n, d, d) with a diagonal of at least FLOOR."""
-        factor = lower(raw)
-        scales = FLOOR + softplus(factor.diagonal(dim1=-2, dim2=-1) + START)
-        return torch.diagonal_scatter(factor, scales, dim1=-2, dim2=-1)
+        d = self.heads.head_dim
+        return triangle(FLOOR + softplus(raw[..., :d] + START), raw[..., d:])
 
     def framed(self, belief: Belief, tokens: Tensor, past: int) -> Belief:
         """With the frames of the tokens; query heads share those of their key head."""

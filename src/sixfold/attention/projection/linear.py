@@ -57,7 +57,14 @@ class LinearProjection(nn.Module):
         cache: Cache | None,  # noqa: ARG002
     ) -> Emission:
         """Project x (b, n, d_model) and context (b, m, d_model)."""
-        return project(x, context, self.qkv.weight, self.qkv.bias, self.heads)
+        if context is not x and type(self.qkv) is nn.Linear:
+            return project(x, context, self.qkv.weight, self.qkv.bias, self.heads)
+        # called as a module: an adapter that took its place, as LoRA does, must be heard
+        own = self.qkv(x)
+        other = own if context is x else self.qkv(context)
+        queries = self.heads.num_heads * self.heads.head_dim
+        flat = (own[..., :queries], *other[..., queries:].chunk(2, dim=-1))
+        return Emission(*(split_heads(part, self.heads.head_dim) for part in flat))
 
     def materialize(self) -> dict[str, Tensor]:
         """Plain weights by role, views of the fused matrix."""

@@ -86,13 +86,21 @@ class Centred(Rated):
         self.groups = heads.num_heads // heads.num_kv_heads
         start = torch.zeros(heads.num_kv_heads, 1, heads.head_dim, **factory)
         self.register_buffer("center", start)
+        # known to Python, so that a score that was never recentred pays nothing
+        self.centred = False
+        self.register_load_state_dict_post_hook(Centred._look)
+
+    def _look(self, *_: Any) -> None:
+        self.centred = bool(self.center.any())
 
     def center_keys(self, key: Tensor) -> Tensor:
         """Keys (b, h_kv, m, d) relative to the centre."""
-        return key - self.center.to(key.dtype)
+        return key - self.center.to(key.dtype) if self.centred else key
 
     def center_queries(self, query: Tensor) -> Tensor:
         """Queries (b, h, n, d) relative to the centre of the keys they meet."""
+        if not self.centred:
+            return query
         return query - self.center.to(query.dtype).repeat_interleave(self.groups, 0)
 
     def located(self, key: Any) -> Tensor:
@@ -104,3 +112,4 @@ class Centred(Rated):
         """Put the centre on the mean of these keys."""
         mean = wide(self.located(key)).mean((0, 2))[:, None]
         self.center.copy_(mean)
+        self._look()

@@ -25,7 +25,13 @@ from sixfold.ops.attend.features import lift_keys, lift_queries
 def move(frame: Tensor, vectors: Tensor) -> Tensor:
     """Each token's matrix (..., n, d, d) times its vector (b, h, n, d)."""
     with exact(vectors):
-        return (wide(frame) @ wide(vectors)[..., None])[..., 0].to(vectors.dtype)
+        # a batched product of such small matrices takes five times as long, backward included
+        return torch.linalg.vecdot(wide(frame), wide(vectors)[..., None, :]).to(vectors.dtype)
+
+
+def beside(matrix: Tensor, vector: Tensor) -> Tensor:
+    """[matrix, vector], (..., d, d) and (..., d) to (..., d, d + 1): one product serves both."""
+    return torch.cat([matrix, vector[..., None]], dim=-1)
 
 
 class KL(Centred):
@@ -39,30 +45,35 @@ class KL(Centred):
 
     def keys(self, key: Belief) -> Tensor:
         """Natural parameters in the common frame, and the log-partition."""
-        dtype = key.mean.dtype
         with exact(key.mean):
-            mean, factor = wide(self.center_keys(self.located(key))), wide(key.factor)
-            eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-            frame = eye if key.frame is None else wide(key.frame)
-            white = torch.linalg.solve_triangular(factor, frame.expand_as(factor), upper=False)
-            apart = (white @ mean[..., None])[..., 0]
-            pull = (white.mT @ apart[..., None])[..., 0]
-            own = apart.square().sum(-1) + log_det(factor, diagonal=False)
+            factor, mean = wide(key.factor), wide(key.mean)
+            frame = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
             if key.frame is not None:
-                own = own - 2 * key.log_volume
-            vectors = torch.cat([half(white.mT @ white), pull], dim=-1)
-            return lift_keys(vectors, own, dtype)
+                frame = wide(key.frame)
+            if self.centred:
+                center = wide(self.center).expand_as(mean)
+                mean = mean - (center if key.frame is None else move(frame, center))
+            # L^-1 [U, m - U c] = [W, a] with W^T W = P and a^T a = (U^-1 m - c)^T P (U^-1 m - c)
+            sides = beside(frame.expand_as(factor), mean)
+            white = torch.linalg.solve_triangular(factor, sides, upper=False)
+            precision, pull = (white[..., :-1].mT @ white).split([factor.shape[-1], 1], dim=-1)
+            partition = white[..., -1].square().sum(-1) + log_det(factor, diagonal=False)
+            partition = partition - 2 * key.log_volume
+            vectors = torch.cat([half(precision), pull[..., 0]], dim=-1)
+            return lift_keys(vectors, partition, key.mean.dtype)
 
     def forward(self, query: Belief, keys: Tensor) -> Features:
         """Moments in the common frame against natural parameters."""
         dtype = query.mean.dtype
         with exact(query.mean):
-            mean, rate = wide(self.center_queries(self.located(query))), self.rounded_rate(dtype)
-            factor = wide(query.factor)
+            # U^-1 [L, m], and [L, m] [L, m]^T = S + m m^T
+            sides, rate = beside(wide(query.factor), wide(query.mean)), self.rounded_rate(dtype)
             if query.inverse is not None:
-                factor = wide(query.inverse) @ factor
-            second = factor @ factor.mT + mean[..., None] * mean[..., None, :]
-            moments = torch.cat([-0.5 * half(second, weighted=True), mean], dim=-1)
+                sides = wide(query.inverse) @ sides
+            if self.centred:
+                sides = beside(sides[..., :-1], self.center_queries(sides[..., -1]))
+            second = half(sides @ sides.mT, weighted=True)
+            moments = torch.cat([-0.5 * second, sides[..., -1]], dim=-1)
             return Features(lift_queries(rate * moments, -0.5 * rate, dtype), keys, 1.0)
 
     def carry(self, value: Tensor, key: Belief) -> Tensor:

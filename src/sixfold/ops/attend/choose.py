@@ -10,16 +10,18 @@ from torch import Tensor
 from sixfold.contracts import Distances, Features, Rating, Visibility
 from sixfold.discover import unknown
 from sixfold.ops.attend import fused, reference
-from sixfold.ops.distance import numba, tiled
+from sixfold.ops.distance import numba, tiled, triton
+from sixfold.ops.distance import reference as explicit
 
 Attend = Callable[[Rating, Tensor, Visibility, float], Tensor]
 
 SERVES: dict[type, dict[str, Attend]] = {
     Features: {"reference": reference.attend, "fused": fused.attend},
     Distances: {
-        "reference": reference.attend,
+        "reference": explicit.attend,
         "tiled": tiled.attend,
         "numba": numba.attend,
+        "triton": triton.attend,
     },
 }
 IMPLEMENTATIONS = ("auto", *sorted({name for served in SERVES.values() for name in served}))

@@ -44,7 +44,8 @@ def _filled(parts: list[Tensor]) -> Tensor:
 
 
 def equal_widths(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All three with the same width, filled with zeros: what CPU flash attention asks for."""
+    """All three with one width, a multiple of 8, filled with zeros."""
     width = max(query.shape[-1], value.shape[-1])
+    width += -width % MULTIPLE
     parts = (query, key, value)
     return tuple(p if p.shape[-1] == width else pad(p, (0, width - p.shape[-1])) for p in parts)

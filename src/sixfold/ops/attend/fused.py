@@ -21,8 +21,7 @@ def attend(features: Features, value: Tensor, visibility: Visibility, dropout: f
     """Same as the reference, without ever holding the weights."""
     query, key, scale = features
     width = value.shape[-1]
-    if width != key.shape[-1]:
-        query, key, value = equal_widths(query, key, value)
+    query, key, value = equal_widths(query, key, value)
     n, m = query.shape[-2], key.shape[-2]
     # the kernels align causality upper-left: theirs equals ours only for a square without a mask
     square = False

@@ -10,7 +10,6 @@ from torch import Tensor
 from sixfold.contracts import Distances, Rating, Visibility
 from sixfold.geometry.metrics import distance
 
-
 Metric = Callable[[Tensor, Tensor, float], Tensor]
 
 

@@ -161,11 +161,11 @@ def largest(x: Any, yt: Any, row: Any) -> None:
 
 
 @functools.cache
-def distance_kernel(kind: int) -> Any:
+def distance_kernel(kind: int) -> Any:  # noqa: C901 - kinds are cases of one loop
     """distance(x (n, d), yt (d, m), p, out (n, m)) for one kind of p."""
 
     @compiled
-    def distance(x: Any, yt: Any, p: Any, out: Any) -> None:
+    def distance(x: Any, yt: Any, p: Any, out: Any) -> None:  # noqa: C901
         d, m = yt.shape
         one, tiny = x.dtype.type(1), x.dtype.type(1.2e-38)
         # four features at once share a load and a store; a logarithm is work enough alone
@@ -204,8 +204,11 @@ def distance_kernel(kind: int) -> Any:
                     row[j] = np.sqrt(row[j])
             if kind > 2 and kind != 4:
                 for j in range(m):
-                    scale[j] = row[j]
-                    row[j] = raised(row[j], one / p)
+                    total = row[j]
+                    far = raised(total, one / p)
+                    scale[j] = total
+                    # one step of Newton: the rounding of 1 / p grows with the logarithm of total
+                    row[j] = far - far * (term(far, one, p, kind) - total) / (p * total)
             if kind > 2:
                 for j in range(m):
                     if not few < scale[j] < many:
@@ -235,28 +238,49 @@ def slope(gap: Any, reach: Any, p: Any, kind: int) -> Any:
     return product
 
 
+@numba.njit(**INLINE)
+def tie(gap: Any, top: Any) -> Any:
+    """1 where a feature has the largest gap, else 0."""
+    return type(gap)(1) if abs(gap) == top else type(gap)(0)
+
+
 @compiled
-def shared(xt: Any, point: Any, force: Any, apart: Any) -> None:
-    """Divide a force among the features that tie for the largest gap; none where points meet."""
-    one, zero = xt.dtype.type(1), xt.dtype.type(0)
-    ties = np.zeros_like(force)
-    for c in range(len(point)):
-        line, pc = xt[c], point[c]
-        for i in range(len(ties)):
-            ties[i] += one if abs(line[i] - pc) == apart[i] else zero
-    for i in range(len(ties)):
-        force[i] = force[i] / ties[i] if apart[i] != 0 else force[i] * apart[i]
+def share(xt: Any, points: Any, force: Any, apart: Any) -> None:
+    """Divide forces among the features that tie for the largest gap; none where points meet."""
+    hits = np.zeros_like(force[0])
+    r0, r1, r2, r3 = apart[0], apart[1], apart[2], apart[3]
+    for c in range(len(xt)):
+        line = xt[c]
+        if len(points) == 4:
+            y0, y1, y2, y3 = points[0, c], points[1, c], points[2, c], points[3, c]
+            for i in range(len(hits)):
+                low = tie(line[i] - y0, r0[i]) + tie(line[i] - y1, r1[i])
+                hits[i] += low + (tie(line[i] - y2, r2[i]) + tie(line[i] - y3, r3[i]))
+        else:
+            y0 = points[0, c]
+            for i in range(len(hits)):
+                hits[i] += tie(line[i] - y0, r0[i])
+    for i in range(len(hits)):
+        # one hit a point: no ties, and that is the rule
+        for u in range(0 if hits[i] == len(points) else len(points)):
+            ties = hits[i] - hits[i]
+            for c in range(len(xt)):
+                ties += tie(xt[c, i] - points[u, c], apart[u, i])
+            met = apart[u, i] == 0
+            force[u, i] = force[u, i] * apart[u, i] if met else force[u, i] / ties
 
 
 @functools.cache
-def pull_kernel(kind: int) -> Any:
+def pull_kernel(kind: int) -> Any:  # noqa: C901 - kinds are cases of one loop
     """pull(xt (d, n), y (m, d), force, apart, p, by_x, out (d, n)) for one kind of p.
 
     `force` and `apart` are (n, m) if `by_x`, else (m, n).
     """
 
     @compiled
-    def pull(xt: Any, y: Any, force: Any, apart: Any, p: Any, by_x: bool, out: Any) -> None:
+    def pull(  # noqa: C901
+        xt: Any, y: Any, force: Any, apart: Any, p: Any, by_x: Any, out: Any
+    ) -> None:
         (d, n), m = xt.shape, len(y)
         one, tiny = xt.dtype.type(1), xt.dtype.type(1.2e-38)
         push, reach = np.empty((4, n), xt.dtype), np.empty((4, n), xt.dtype)
@@ -270,12 +294,12 @@ def pull_kernel(kind: int) -> Any:
             for i in range(n if by_x else 0):
                 for u in range(taken):
                     push[u, i], reach[u, i] = force[i, j + u], apart[i, j + u]
-            for u in range(taken):
-                if not by_x:
-                    push[u], reach[u] = force[j + u], apart[j + u]
-                if kind == LARGEST:
-                    shared(xt, y[j + u], push[u], reach[u])
-                else:
+            for u in range(0 if by_x else taken):
+                push[u], reach[u] = force[j + u], apart[j + u]
+            if kind == LARGEST:
+                share(xt, y[j : j + taken], push, reach)
+            else:
+                for u in range(taken):
                     for i in range(n):
                         far = reach[u, i]
                         reach[u, i] = one / (tiny if far < tiny else far)

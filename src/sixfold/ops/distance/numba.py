@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sixfold.contracts import Distances, Visibility
-from sixfold.ops.distance.tiled import Metric, attend_by
+from sixfold.ops.distance.tiled import METRICS, Metric, attend_by
 
 
 @functools.cache
@@ -91,7 +91,9 @@ def attend(rating: Distances, value: Tensor, visibility: Visibility, dropout: fl
     ModuleNotFoundError naming the extra where Numba is missing, and ValueError for a tensor on
     another device.
     """
-    kernels()
     if rating.query.device.type != "cpu":
         raise ValueError(f"impl 'numba' runs on the CPU, got query on {rating.query.device}")
-    return attend_by(Metric(distance, pull), rating, value, visibility, dropout)
+    return attend_by("numba", rating, value, visibility, dropout)
+
+
+METRICS["numba"] = Metric(distance, pull)

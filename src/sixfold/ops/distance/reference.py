@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from sixfold.contracts import Distances, Visibility
-from sixfold.ops.attend.reference import visible
+from sixfold.ops.attend import reference
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -38,49 +36,6 @@ def check(rating: Distances, value: Tensor) -> None:
         )
 
 
-def distance(x: Tensor, y: Tensor, p: float) -> Tensor:
-    """||x_i - y_j||_p: (..., n, d) and (..., m, d) to (..., n, m).
-
-    Where points coincide the subgradient is 0; where features tie for the largest gap (p = inf)
-    they share the gradient equally.
-
-    >>> distance(torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, -4.0]]), 2.0)
-    tensor([[5.]])
-    """
-    gaps = (x[..., :, None, :] - y[..., None, :, :]).abs()
-    if p == 1:
-        return gaps.sum(-1)
-    if p == math.inf:
-        return gaps.amax(-1)
-    # powers of gap / largest gap neither overflow nor vanish; the scale cancels, so it is constant
-    top = gaps.detach().amax(-1)
-    scale = top.masked_fill((top == 0) | top.isinf(), 1.0)
-    total = (gaps / scale[..., None]).pow(p).sum(-1)
-    same = top == 0
-    return (scale * total.masked_fill(same, 1.0).pow(1 / p)).masked_fill(same, 0.0)
-
-
-def logits(rating: Distances, visibility: Visibility) -> Tensor:
-    """-rate_h ||q_i - k_j||_p where visible, -inf elsewhere; (b, h, n, m)."""
-    query, key, rate, p = rating
-    groups = query.shape[1] // key.shape[1]
-    scores = -rate[:, None, None] * distance(query, key.repeat_interleave(groups, dim=1), p)
-    scores = scores.to(query.dtype)
-    mask = visible(visibility, query.shape[-2], key.shape[-2], query.device)
-    if mask is None:
-        return scores
-    if mask.dtype == torch.bool:
-        return scores.masked_fill(~mask, -math.inf)
-    return scores + mask.to(scores.dtype)
-
-
-def weights(rating: Distances, visibility: Visibility) -> Tensor:
-    """Softmax of the logits over keys; a row that sees nothing is exactly zero. (b, h, n, m)."""
-    scores = logits(rating, visibility)
-    blind = scores.isneginf().all(-1, keepdim=True)
-    return scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
-
-
 def attend(rating: Distances, value: Tensor, visibility: Visibility, dropout: float) -> Tensor:
     """Attention by distance: O_i = sum over j of softmax_j(-rate_h ||q_i - k_j||_p) v_j.
 
@@ -100,11 +55,9 @@ def attend(rating: Distances, value: Tensor, visibility: Visibility, dropout: fl
     Differentiable any number of times; holds b h n m d numbers.
 
     >>> x = torch.tensor([[[[0.0], [1.0]]]])
-    >>> rating = Distances(x, x, rate=torch.tensor([math.log(3)]), p=1.0)
+    >>> rating = Distances(x, x, rate=torch.tensor([3.0]).log(), p=1.0)
     >>> attend(rating, x, Visibility(None, is_causal=False), 0.0).flatten()
     tensor([0.2500, 0.7500])
     """
     check(rating, value)
-    groups = rating.query.shape[1] // value.shape[1]
-    kept = torch.dropout(weights(rating, visibility), dropout, train=dropout > 0)
-    return kept @ value.repeat_interleave(groups, dim=1)
+    return reference.attend(rating, value, visibility, dropout)

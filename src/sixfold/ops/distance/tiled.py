@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sixfold.contracts import Distances, Visibility
 from sixfold.ops.distance.reference import check
 
-ROWS = 256
+ROWS = 128
 """Queries in a tile."""
 
 KEYS = 512
@@ -96,56 +95,65 @@ def kept(like: Tensor, plan: Plan, rows: slice, keys: slice) -> Tensor:
     return torch.empty_like(like).bernoulli_(share, generator=generator).div_(share)
 
 
-class TiledAttention(torch.autograd.Function):
-    """softmax(-rate ||q - k||_p) v over (g, n, d), (g, m, d), (g, m, d_v) and rate (g, 1, 1)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, rate: Tensor, mask: Tensor | None,
-        plan: Plan,
-    ) -> Tensor:  # fmt: skip
-        """The weighted values, (g, n, d_v)."""
-        (g, n, _), m = query.shape, key.shape[1]
-        out = value.new_zeros(g, n, value.shape[2])
-        lse = query.new_full((g, n, 1), math.inf)
-        for rows in blocks(n):
-            top = lse.new_full((g, rows.stop - rows.start, 1), torch.finfo(lse.dtype).min)
-            total, summed = torch.zeros_like(top), torch.zeros_like(out[:, rows])
-            for keys in seen_keys(rows, n, m, is_causal=plan.is_causal):
-                apart = plan.metric.distance(query[:, rows], key[:, keys], plan.p)
-                scores = tile_logits(apart, rate, mask, plan, (rows, keys, m - n))
-                before, top = top, torch.maximum(top, scores.amax(-1, keepdim=True))
-                weights = scores.sub_(top).exp_()
-                shrink = (before - top).exp_()
-                total.mul_(shrink).add_(weights.sum(-1, keepdim=True))
-                if plan.dropout:
-                    weights.mul_(kept(weights, plan, rows, keys))
-                summed.mul_(shrink).baddbmm_(weights, value[:, keys])
-            blind = total == 0
-            out[:, rows] = summed / total.masked_fill(blind, 1.0)
-            # exp(logit - inf) is 0: a blind row has no weights in the backward pass either
-            lse[:, rows] = (top + total.log()).masked_fill_(blind, math.inf)
-        ctx.save_for_backward(query, key, value, rate, mask, out, lse)
-        ctx.plan = plan
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of query, key, value, rate and, where asked for, a float mask."""
-        query, key, value, rate, mask, out, lse = ctx.saved_tensors
-        with torch.autocast(query.device.type, enabled=False):
-            return (*gradients(ctx, grad, query, key, value, rate, mask, out, lse), None)
+METRICS: dict[str, Metric] = {}
+"""By the name of the implementation: an operator takes plain values, not functions."""
 
 
-def gradients(ctx: Any, grad: Tensor, *saved: Tensor) -> tuple[Tensor | None, ...]:
-    """With weights P and logits S: dS = P * (dO V^T - rowsum(dO * O)), tile by tile."""
-    query, key, value, rate, mask, out, lse = saved
-    plan: Plan = ctx.plan
+@torch.library.custom_op("sixfold::distance_attention", mutates_args=())
+def attention(  # noqa: PLR0913 - an operator takes plain values
+    query: Tensor, key: Tensor, value: Tensor, rate: Tensor, mask: Tensor | None, metric: str,
+    p: float, heads: int, is_causal: bool, dropout: float, seed: Tensor,  # noqa: FBT001
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """softmax(-rate ||q - k||_p) v over (g, n, d), (g, m, d), (g, m, d_v) and rate (g, 1, 1).
+
+    Returns the weighted values (g, n, d_v) and the log-sum-exp of each row (g, n, 1). An operator
+    of its own, so that a compiler takes it whole and does not unroll the loop.
+    """
+    plan = Plan(METRICS[metric], p, (len(query) // heads, heads), is_causal, dropout, int(seed))
+    (g, n, _), m = query.shape, key.shape[1]
+    out = value.new_zeros(g, n, value.shape[2])
+    lse = query.new_full((g, n, 1), math.inf)
+    for rows in blocks(n):
+        top = lse.new_full((g, rows.stop - rows.start, 1), torch.finfo(lse.dtype).min)
+        total, summed = torch.zeros_like(top), torch.zeros_like(out[:, rows])
+        for keys in seen_keys(rows, n, m, is_causal=plan.is_causal):
+            apart = plan.metric.distance(query[:, rows], key[:, keys], plan.p)
+            scores = tile_logits(apart, rate, mask, plan, (rows, keys, m - n))
+            before, top = top, torch.maximum(top, scores.amax(-1, keepdim=True))
+            weights = scores.sub_(top).exp_()
+            shrink = (before - top).exp_()
+            total.mul_(shrink).add_(weights.sum(-1, keepdim=True))
+            if plan.dropout:
+                weights.mul_(kept(weights, plan, rows, keys))
+            summed.mul_(shrink).baddbmm_(weights, value[:, keys])
+        blind = total == 0
+        out[:, rows] = summed / total.masked_fill(blind, 1.0)
+        # exp(logit - inf) is 0: a blind row has no weights in the backward pass either
+        lse[:, rows] = (top + total.log()).masked_fill_(blind, math.inf)
+    return out, lse
+
+
+@attention.register_fake
+def _(query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    value = others[1]
+    return value.new_empty(*query.shape[:2], value.shape[2]), query.new_empty(*query.shape[:2], 1)
+
+
+@torch.library.custom_op("sixfold::distance_attention_backward", mutates_args=())
+def attention_backward(  # noqa: PLR0913 - as the operator
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, rate: Tensor, mask: Tensor | None,
+    out: Tensor, lse: Tensor, metric: str, p: float, heads: int, is_causal: bool, dropout: float,  # noqa: FBT001
+    seed: Tensor, of_mask: bool,  # noqa: FBT001
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of query, key, value, rate and, if `of_mask`, of a float mask, else empty.
+
+    With weights P and logits S: dS = P * (dO V^T - rowsum(dO * O)), tile by tile.
+    """
+    plan = Plan(METRICS[metric], p, (len(query) // heads, heads), is_causal, dropout, int(seed))
     n, m = query.shape[1], key.shape[1]
     grads = [torch.zeros_like(tensor) for tensor in (query, key, value, rate)]
     grad_query, grad_key, grad_value, grad_rate = grads
-    grad_mask = torch.zeros_like(mask) if ctx.needs_input_grad[4] else None
+    grad_mask = torch.zeros_like(mask) if of_mask else query.new_empty(0)
     mean = (grad * out).sum(-1, keepdim=True)
     for rows in blocks(n):
         for keys in seen_keys(rows, n, m, is_causal=plan.is_causal):
@@ -160,18 +168,48 @@ def gradients(ctx: Any, grad: Tensor, *saved: Tensor) -> tuple[Tensor | None, ..
                 used, sent = weights * keep, sent.mul_(keep)
             grad_value[:, keys].baddbmm_(used.mT, grad[:, rows])
             flow = sent.sub_(mean[:, rows]).mul_(weights)
-            if grad_mask is not None:
+            if of_mask:
                 cells = part(grad_mask, rows, keys)
                 cells.add_(flow.unflatten(0, plan.heads).sum_to_size(cells.shape))
             grad_rate.sub_(torch.einsum("gij,gij->g", flow, apart)[:, None, None])
             force = flow.mul_(-rate)
             grad_query[:, rows] += plan.metric.pull(*ends, force, apart, plan.p)
             grad_key[:, keys] += plan.metric.pull(*ends[::-1], force.mT, apart.mT, plan.p)
-    return (*grads, grad_mask)
+    return grad_query, grad_key, grad_value, grad_rate, grad_mask
+
+
+@attention_backward.register_fake
+def _(grad: Tensor, *saved: Any) -> tuple[Tensor, ...]:  # noqa: ARG001
+    *inputs, mask = saved[:5]
+    of_mask = saved[-1]
+    found = [torch.empty_like(tensor) for tensor in inputs]
+    return (*found, torch.empty_like(mask) if of_mask else inputs[0].new_empty(0))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *ctx.plan, seed = inputs[5:]
+    ctx.save_for_backward(*inputs[:5], *output, seed)
+
+
+def _backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:  # noqa: ARG001
+    *saved, seed = ctx.saved_tensors
+    of_mask = ctx.needs_input_grad[4]
+    found = attention_backward(grad, *saved, *ctx.plan, seed, of_mask)
+    return (*found[:4], found[4] if of_mask else None, *[None] * 6)
+
+
+def _twice(ctx: Any, *grads: Tensor) -> None:  # noqa: ARG001
+    raise RuntimeError(
+        "attention in tiles can be differentiated once: use impl='reference' for second derivatives"
+    )
+
+
+attention.register_autograd(_backward, setup_context=_keep)
+attention_backward.register_autograd(_twice)
 
 
 def attend_by(
-    metric: Metric, rating: Distances, value: Tensor, visibility: Visibility, dropout: float
+    metric: str, rating: Distances, value: Tensor, visibility: Visibility, dropout: float
 ) -> Tensor:
     """The tiled loop with the primitives of `metric`; half precision is computed in float32."""
     check(rating, value)
@@ -183,21 +221,26 @@ def attend_by(
         mask = mask if mask.dtype == torch.bool else mask.to(dtype)
         mask = mask[(None,) * (4 - mask.ndim)]
     # drawn from the global generator, so that a seeded run is repeated
-    seed = int(torch.randint(2**62, ())) if dropout else 0
-    plan = Plan(metric, p, (batch, heads), visibility.is_causal, dropout, seed)
-    with torch.autocast(query.device.type, enabled=False):
-        flat = [
-            tensor.to(dtype).repeat_interleave(heads // tensor.shape[1], dim=1).flatten(0, 1)
-            for tensor in (query, key, value)
-        ]
-        slopes = rate.to(dtype).repeat(batch)[:, None, None]
-        out = TiledAttention.apply(*[t.contiguous() for t in flat], slopes, mask, plan)
+    seed = torch.randint(2**62, ()) if dropout else torch.zeros((), dtype=torch.int64)
+    flat = [
+        tensor.to(dtype).repeat_interleave(heads // tensor.shape[1], dim=1).flatten(0, 1)
+        for tensor in (query, key, value)
+    ]
+    slopes = rate.to(dtype).repeat(batch)[:, None, None]
+    out, _ = attention(
+        *[t.contiguous() for t in flat], slopes, mask, metric, float(p), heads,
+        visibility.is_causal, dropout, seed,
+    )  # fmt: skip
     return out.unflatten(0, (batch, heads)).to(query.dtype)
 
 
 def distance(x: Tensor, y: Tensor, p: float) -> Tensor:
     """`torch.cdist`, by differences: its matrix product loses close points to cancellation."""
-    if p in (1, 2, math.inf):
+    if p == math.inf:
+        # its maximum passes over NaN
+        lost = x.isnan().any(-1)[..., :, None] | y.isnan().any(-1)[..., None, :]
+        return torch.cdist(x, y, p).masked_fill_(lost, math.nan)
+    if p in (1, 2):
         return torch.cdist(x, y, p, compute_mode="donot_use_mm_for_euclid_dist")
     # it does not scale what it raises to p: in float64 that is far from overflow
     return torch.cdist(x.double(), y.double(), p).to(x.dtype)
@@ -224,4 +267,7 @@ def attend(rating: Distances, value: Tensor, visibility: Visibility, dropout: fl
     Differentiable once, memory linear in n and m. Raises as the reference does, and RuntimeError
     on a second differentiation.
     """
-    return attend_by(Metric(distance, pull), rating, value, visibility, dropout)
+    return attend_by("tiled", rating, value, visibility, dropout)
+
+
+METRICS["tiled"] = Metric(distance, pull)

@@ -1,0 +1,1 @@
+"""The names of gauge-theoretic attention: agents and what one divergence needs."""
