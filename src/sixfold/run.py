@@ -118,40 +118,35 @@ def go(
     """Train what was built, from `saved` or from the start."""
     model = built.model.to(here.device)
     optimizer = build_optimizer(model, settings.optimizer)
-    governor = None
-    if settings.governor.mode != "off":
-        governor = LeadMetaArchitect(
-            model, optimizer, mode=settings.governor.mode, limits=settings.governor.resolve(),
-            every=settings.governor.every, folder=folder if here.leads else None,
-            positions={} if saved is None else saved.state["logs"],
-        )  # fmt: skip
-    start = 0 if saved is None else saved.step
-    stack = ExitStack()
-    trackers = [
-        stack.enter_context(tracking(name, folder, settings, start))
-        for name in settings.track.names()
-        if here.leads
-    ]
-
     view = view if here.leads else UNSEEN
+    with ExitStack() as stack:
+        observers, logs = (), ()
+        if settings.governor.mode != "off":
+            governor = LeadMetaArchitect(
+                model, optimizer, mode=settings.governor.mode, limits=settings.governor.resolve(),
+                every=settings.governor.every, folder=folder if here.leads else None,
+                positions={} if saved is None else saved.state["logs"],
+            )  # fmt: skip
+            stack.callback(governor.detach)
+            observers, logs = (governor,), governor.logs
+        start = 0 if saved is None else saved.step
+        trackers = [
+            stack.enter_context(tracking(name, folder, settings, start))
+            for name in settings.track.names()
+            if here.leads
+        ]
 
-    def shown(now: Progress) -> None:
-        for call in (view.step, *trackers):
-            call(now)
+        def shown(now: Progress) -> None:
+            for call in (view.step, *trackers):
+                call(now)
 
-    training = Training(
-        model, optimizer, built.dataset, settings.train, settings.optimizer, folder,
-        header_of(settings, built.dataset, folder, here),
-        observers=() if governor is None else (governor,),
-        logs=() if governor is None else governor.logs, world=here, view=View(shown, view.say),
-    )  # fmt: skip
-    began = time.monotonic()
-    with stack:
-        try:
-            outcome = fit(training, saved)
-        finally:
-            if governor is not None:
-                governor.detach()
+        training = Training(
+            model, optimizer, built.dataset, settings.train, settings.optimizer, folder,
+            header_of(settings, built.dataset, folder, here), observers=observers, logs=logs,
+            world=here, view=View(shown, view.say),
+        )  # fmt: skip
+        began = time.monotonic()
+        outcome = fit(training, saved)
     if here.leads:
         note_time(folder, time.monotonic() - began)
     return outcome

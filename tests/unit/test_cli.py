@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import os
 from pathlib import Path
 
@@ -294,6 +295,21 @@ def test_tensorboard_receives_every_step(runs):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()[1:]]
     logged = {row["step"]: row["loss"] for row in rows if row["split"] == "train"}
     assert shown == pytest.approx(logged, rel=1e-6)
+
+
+def test_tensorboard_goes_on_where_a_run_was_stopped(runs):
+    """Events of steps after the checkpoint are hidden, that of the checkpoint's own step stays."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    wanted = (*SMALL, "track.tensorboard=true")
+    assert sixfold("train", *wanted) == 0
+    folder = next(runs.iterdir())
+    *_, newest = sorted((folder / "checkpoints").iterdir())
+    shutil.rmtree(newest)
+    assert sixfold("train", "--resume", str(folder)) == 0
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 7))
 
 
 def test_a_missing_tracker_names_its_extra(runs, capsys, monkeypatch):

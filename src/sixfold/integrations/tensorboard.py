@@ -16,7 +16,9 @@ def tracking(
     settings: Mapping[str, Any],  # noqa: ARG001 - the signature all trackers share
     start: int,
 ) -> Iterator[Callable[[Progress], None]]:
-    """Write every step; what an earlier attempt wrote from step `start` on is hidden.
+    """Write every step; what an earlier attempt wrote after step `start` is hidden.
+
+    Events are written out every few seconds: a killed process loses the points of those.
 
     Raises ModuleNotFoundError naming the extra.
     """
@@ -26,7 +28,7 @@ def tracking(
         raise ModuleNotFoundError(
             "track.tensorboard needs tensorboard: pip install 'sixfold[tensorboard]'"
         ) from error
-    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1, flush_secs=5)
 
     def write(now: Progress) -> None:
         for name, value in now.metrics().items():
