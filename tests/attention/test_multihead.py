@@ -357,15 +357,28 @@ def test_a_head_that_is_not_there_cannot_be_scaled(make, head):
 # ---------------------------------------------------------------- compilers
 
 
-COMPILED = (
-    {},
-    {"projection": "coordinate", "mixer": "hexagonal"},
-    {"projection": "hypernetwork", "score": "cosine", "reach": {"name": "window", "width": 3}},
-)
+GAUGE = {"projection": {"name": "gaussian", "frames": "so"}, "score": "kl", "reach": "others"}
+@pytest.fixture
+def fresh_compiler():
+    """Layers of other tests do not count against the compiler's limit of versions."""
+    torch.compiler.reset()
 
 
-@pytest.mark.parametrize("options", COMPILED, ids=["plain", "hexagonal", "hypernetwork"])
-def test_it_compiles_as_one_graph(make, tokens, options):
+COMPILED = {
+    "plain": {},
+    "hexagonal": {"projection": "coordinate", "mixer": "hexagonal"},
+    "hypernetwork": {
+        "projection": "hypernetwork", "score": "cosine", "reach": {"name": "window", "width": 3},
+    },
+    "features": {"score": "l2_squared"},
+    "beliefs": {"projection": "gaussian_diagonal", "score": "kl_diagonal"},
+    "gauge": GAUGE,
+    "tiles": {"score": "chebyshev"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", COMPILED.values(), ids=COMPILED)
+def test_it_compiles_as_one_graph(make, tokens, options, fresh_compiler):
     layer = make(options)
     compiled = torch.compile(copy.deepcopy(layer), backend="aot_eager", fullgraph=True)
     x = tokens(2, 7).requires_grad_()
@@ -376,8 +389,8 @@ def test_it_compiles_as_one_graph(make, tokens, options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", COMPILED, ids=["plain", "hexagonal", "hypernetwork"])
-def test_it_compiles_with_any_length(make, tokens, options):
+@pytest.mark.parametrize("options", COMPILED.values(), ids=COMPILED)
+def test_it_compiles_with_any_length(make, tokens, options, fresh_compiler):
     layer = make(options)
     compiled = torch.compile(
         copy.deepcopy(layer), backend="aot_eager", fullgraph=True, dynamic=True
@@ -387,7 +400,7 @@ def test_it_compiles_with_any_length(make, tokens, options):
         torch.testing.assert_close(compiled(x, is_causal=True), layer(x, is_causal=True), **CLOSE)
 
 
-@pytest.mark.parametrize("options", COMPILED[:2], ids=["plain", "hexagonal"])
+@pytest.mark.parametrize("options", COMPILED.values(), ids=COMPILED)
 def test_it_exports(make, tokens, options):
     layer, x = make(options).eval(), tokens(2, 7)
     exported = torch.export.export(layer, (x,), {"is_causal": True}).module()

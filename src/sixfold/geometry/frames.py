@@ -6,8 +6,6 @@ so(d) is the antisymmetric matrices (frames are rotations), gl(d) all of them.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -15,6 +13,7 @@ from sixfold.discover import unknown
 from sixfold.geometry.gaussian import triangle
 
 ALGEBRAS = ("so", "gl")
+NEAR = 32
 LARGEST_NORM = 1.0  # of a gl(d) element under `cayley`: it must keep clear of the pole at 2
 
 
@@ -47,18 +46,18 @@ def powers(generator: Tensor, start: int, length: int) -> Tensor:
     """exp(i A) for i in start .. start + length - 1: A (..., d, d) to (..., length, d, d).
 
     A matrix-valued rotary embedding: frames of two positions differ by exp((i - j) A), whatever
-    i is. About 2 sqrt(length) exponentials, far ones and near ones, and a product of each pair.
+    i is. An exponential for every `NEAR` positions and `NEAR` for those between, and the products
+    of the pairs, which cost a small fraction of as many exponentials.
 
     >>> turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]])
-    >>> powers(turn, 2, 2)[1, 1, 0].sub(math.sin(3)).abs().item() < 1e-6
-    True
+    >>> round(powers(turn, 2, 2)[1, 1, 0].item(), 4)  # sin 3
+    0.1411
     """
-    near = math.isqrt(max(length - 1, 0)) + 1
-    far = -(-length // near)
-    steps = torch.arange(near, device=generator.device)
-    ends = start + near * torch.arange(far, device=generator.device)
+    far = (length + NEAR - 1) // NEAR
+    steps = torch.arange(NEAR, device=generator.device)
+    ends = start + NEAR * torch.arange(far, device=generator.device)
     exponents = torch.cat([ends, steps]).to(generator.dtype)[:, None, None]
-    ends, steps = torch.matrix_exp(exponents * generator[..., None, :, :]).split([far, near], -3)
+    ends, steps = torch.matrix_exp(exponents * generator[..., None, :, :]).split([far, NEAR], -3)
     pairs = ends[..., :, None, :, :] @ steps[..., None, :, :, :]
     return pairs.flatten(-4, -3)[..., :length, :, :]
 
