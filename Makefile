@@ -26,9 +26,11 @@ docs: $(VENV)/.docs
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/ops.py
 
 pictures: $(VENV)/.run
 	$(BIN)/python benchmarks/pictures.py
+	$(BIN)/python benchmarks/page.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

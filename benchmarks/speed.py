@@ -13,12 +13,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
 import torch
+from timing import interleaved, ratio, typical
 from torch.nn.functional import cross_entropy
 
 from sixfold import LeadMetaArchitect, MultiHeadAttention, config, recipe, record
@@ -34,30 +34,6 @@ LAYERS = (
     (8, 256, 256, 7, 64),
     (4, 512, 512, 7, 72),
 )
-
-
-def interleaved(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call, taken in turn; the first two rounds only warm up."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(rounds + 2):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            call()
-            if number >= 2:
-                times[name].append(time.perf_counter() - began)
-    return times
-
-
-def ratio(times: list[float], base: list[float]) -> tuple[float, float]:
-    """Median and half interquartile range of pairwise ratios."""
-    low, middle, high = statistics.quantiles([a / b for a, b in zip(times, base, strict=True)], n=4)
-    return middle, (high - low) / 2
-
-
-def typical(times: list[float]) -> tuple[float, float]:
-    """Median and half interquartile range, in milliseconds."""
-    low, middle, high = statistics.quantiles(times, n=4)
-    return 1e3 * middle, 1e3 * (high - low) / 2
 
 
 def layer_rows(rounds: int) -> list[Result]:

@@ -458,3 +458,42 @@ def test_a_belief_is_lifted_to_a_batch_and_heads():
     assert belief.mean.shape == (1, 1, N, D)
     assert belief.factor.shape == belief.frame.shape == (1, 1, N, D, D)
     assert believe(mu[None].expand(4, N, D), Sigma.expand(4, N, D, D)).mean.shape == (4, 1, N, D)
+
+
+@pytest.mark.parametrize("algebra", ["so", "gl"])
+def test_settling_ends_where_the_free_energy_has_no_slope(algebra):
+    """F_i = strength KL(q || q_i) + sum_j beta_ij KL(q || Omega_ij q_j), by automatic derivatives."""
+    layer, strength = listener(algebra, reach="others"), 0.6
+    mu, Sigma, phi = beliefs(algebra)
+    beta = layer.update(mu, Sigma, phi, need_weights=True).weights[0, 0].detach()
+    found = layer.settle(mu, Sigma, phi, strength=strength)
+    moved = {
+        (i, j): pushed(omega_of(phi, i, j, algebra), mu[j], Sigma[j])
+        for i in range(N)
+        for j in range(N)
+    }
+    for i in range(N):
+        mean = found.mean[i].detach().clone().requires_grad_()
+        root = torch.linalg.cholesky(found.covariance[i].detach()).requires_grad_()
+        q = MultivariateNormal(mean, scale_tril=root)
+        energy = strength * kl_divergence(q, MultivariateNormal(mu[i], Sigma[i]))
+        for j in range(N):
+            energy = energy + beta[i, j] * kl_divergence(q, MultivariateNormal(*moved[i, j]))
+        by_mean, by_root = torch.autograd.grad(energy, (mean, root))
+        for slope in (by_mean, by_root.tril()):
+            torch.testing.assert_close(slope, torch.zeros_like(slope), rtol=0, atol=1e-9)
+
+
+def test_settling_keeps_the_belief_of_who_sees_none():
+    layer = listener(reach="others")
+    mu, Sigma, phi = beliefs()
+    found = layer.settle(mu, Sigma, phi, is_causal=True)
+    torch.testing.assert_close(found.mean[0], mu[0], **CLOSE)
+    torch.testing.assert_close(found.covariance[0], Sigma[0], **CLOSE)
+    assert not torch.allclose(found.mean[1], mu[1])
+
+
+def test_a_strength_that_is_not_positive_is_refused():
+    mu, Sigma, phi = beliefs()
+    with pytest.raises(ValueError, match="strength must be positive and finite, got 0"):
+        listener().settle(mu, Sigma, phi, strength=0.0)

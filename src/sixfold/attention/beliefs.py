@@ -18,6 +18,7 @@ from sixfold.attention._precision import exact, wide
 from sixfold.attention.score.kl import move
 from sixfold.contracts import Belief, Features, Visibility
 from sixfold.geometry.frames import dimension, element
+from sixfold.geometry.gaussian import whole
 from sixfold.ops.attend import choose
 
 SYMMETRIC = 1e-4  # relative: what a covariance computed in float32 may miss
@@ -141,6 +142,32 @@ def listen(
         if belief.frame is not None:
             covariance = belief.frame @ covariance @ belief.frame.mT
     return to_own(belief, mean).to(dtype), covariance
+
+
+def settle(
+    belief: Belief, rating: Features, visibility: Visibility, impl: str, strength: float
+) -> tuple[Tensor, Tensor]:
+    """Means and covariances that minimise the free energy of each token, its weights held.
+
+    F_i(q) = strength KL(q || q_i) + sum_j beta_ij KL(q || Omega_ij q_j). The minimum is Gaussian:
+    with P the precisions in the common frame and L = strength P_i + sum_j beta_ij P_j its precision
+    is L / (strength + sum_j beta_ij), its mean L^-1 (strength P_i m_i + sum_j beta_ij P_j m_j).
+    The sums are attention over what the keys' features hold already.
+    """
+    d, dtype = belief.mean.shape[-1], belief.mean.dtype
+    with exact(belief.mean):
+        rating = rating._replace(query=wide(rating.query), key=wide(rating.key))
+        natural = rating.key[..., : d * (d + 1) // 2 + d]
+        ones = torch.ones_like(natural[..., :1])
+        heard = choose.attend(rating, torch.cat([natural, ones], -1), visibility, 0.0, impl)
+        total = heard + strength * torch.cat([natural, ones], -1)
+        precision, pull = whole(total[..., : -d - 1], d), total[..., -d - 1 : -1]
+        root = torch.linalg.cholesky(precision)
+        mean = torch.cholesky_solve(pull[..., None], root)[..., 0]
+        covariance = total[..., -1:, None] * torch.cholesky_inverse(root)
+        if belief.frame is not None:
+            covariance = belief.frame @ covariance @ belief.frame.mT
+    return to_own(belief, mean).to(dtype), covariance.to(dtype)
 
 
 def to_common(belief: Belief, vectors: Tensor) -> Tensor:

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sixfold.attention.beliefs import Update, believe, divergence_score, listen
+from sixfold.attention.beliefs import Update, believe, divergence_score, listen, settle
 from sixfold.attention.multihead import MultiHeadAttention, check_sizes, visibility_of
 from sixfold.attention.score.cosine import LARGEST
+from sixfold.contracts import Belief, Features, Visibility
 from sixfold.discover import unknown
 from sixfold.geometry.hexgrid import HexGrid
 from sixfold.ops.attend.reference import weights
@@ -307,6 +308,68 @@ class GaugeAttention(MultiHeadAttention):
         >>> layer.update(mu, same).mean[0, 0]  # 2 e^-2 / (1 + e^-2)
         tensor(0.2384)
         """
+        belief, rating, seen = self._listening(mean, covariance, phi, factor, visibility)
+        found, spread = listen(belief, rating, seen, self.impl, covariances=covariances)
+        return Update(
+            found.reshape(mean.shape),
+            None if spread is None else spread.reshape(*mean.shape, mean.shape[-1]),
+            weights(rating, seen) if need_weights else None,
+        )
+
+    def settle(
+        self,
+        mean: Tensor,
+        covariance: Tensor | None = None,
+        phi: Tensor | None = None,
+        *,
+        factor: Tensor | None = None,
+        strength: float = 1.0,
+        **visibility: Any,
+    ) -> Update:
+        """What tokens believe after one variational step, without any target.
+
+        It minimises the free energy of each token with the weights beta held,
+        F_i(q) = strength KL(q || q_i) + sum over j of beta_ij KL(q || Omega_ij q_j),
+        exactly and not by a gradient step. Precise
+        neighbours count for more: L = strength P_i + sum_j beta_ij P_j is the new precision up to
+        the factor strength + 1, with every precision P moved to the frame of i.
+
+        Args:
+            mean: (n, d) or (b, n, d) with one head, or (b, h, n, d); d is `head_dim`.
+            covariance: (..., n, d, d), symmetric and positive definite.
+            phi: (..., n, g), coordinates of the frames, as in `update`.
+            factor: lower Cholesky factors (..., n, d, d), instead of `covariance`.
+            strength: how much a token's own belief counts beside what it hears, positive.
+            visibility: ``attn_mask``, ``key_mask`` and ``is_causal`` as in `forward`.
+
+        Returns:
+            An `Update`. A token that sees none keeps its belief.
+
+        Raises:
+            ValueError: as `update`, and for a strength that is not positive.
+
+        >>> import torch
+        >>> layer = GaugeAttention(1, kappa=1.0, reach="others")
+        >>> mu, var = torch.tensor([[0.0], [3.0]]), torch.tensor([[[1.0]], [[0.5]]])
+        >>> round(layer.settle(mu, var).mean[0].item(), 4)  # (1 * 0 + 2 * 3) / (1 + 2)
+        2.0
+        """
+        if not (strength > 0 and math.isfinite(strength)):
+            raise ValueError(f"strength must be positive and finite, got {strength}")
+        belief, rating, seen = self._listening(mean, covariance, phi, factor, visibility)
+        found, spread = settle(belief, rating, seen, self.impl, strength)
+        d = mean.shape[-1]
+        return Update(found.reshape(mean.shape), spread.reshape(*mean.shape, d), None)
+
+    def _listening(
+        self,
+        mean: Tensor,
+        covariance: Tensor | None,
+        phi: Tensor | None,
+        factor: Tensor | None,
+        visibility: dict[str, Any],
+    ) -> tuple[Belief, Features, Visibility]:
+        """Given beliefs, how they rate one another, and who sees whom."""
         belief = believe(mean, covariance, phi, factor=factor, algebra=self.frames)
         batch, heads, n, d = belief.mean.shape
         if (heads, d) != (self.heads.num_heads, self.heads.head_dim):
@@ -317,10 +380,4 @@ class GaugeAttention(MultiHeadAttention):
         masks = {"attn_mask": None, "key_mask": None, "is_causal": False} | visibility
         seen = visibility_of(shape=(batch, heads, n, n), **masks)
         seen = self.reach(seen, n, n, mean.device)
-        rating = self.score(belief, self.score.keys(belief))
-        found, spread = listen(belief, rating, seen, self.impl, covariances=covariances)
-        return Update(
-            found.reshape(mean.shape),
-            None if spread is None else spread.reshape(*mean.shape, d),
-            weights(rating, seen) if need_weights else None,
-        )
+        return belief, self.score(belief, self.score.keys(belief)), seen

@@ -74,6 +74,19 @@ def half(matrix: Tensor, *, weighted: bool = False) -> Tensor:
     return packed * torch.where(rows == columns, 1.0, 2.0).to(matrix) if weighted else packed
 
 
+def whole(packed: Tensor, d: int) -> Tensor:
+    """The symmetric matrix of which `packed` is the lower half, (..., d (d + 1) / 2).
+
+    >>> whole(torch.tensor([1.0, 2.0, 3.0]), 2)
+    tensor([[1., 2.],
+            [2., 3.]])
+    """
+    rows, columns = torch.tril_indices(d, d, device=packed.device)
+    places = torch.empty(d, d, dtype=torch.int64, device=packed.device)
+    places[rows, columns] = places[columns, rows] = torch.arange(len(rows), device=packed.device)
+    return _take(packed, places.flatten()).unflatten(-1, (d, d))
+
+
 def triangle(diagonal: Tensor, below: Tensor) -> Tensor:
     """A lower triangular matrix from its diagonal (..., d) and what is below it, row by row.
 

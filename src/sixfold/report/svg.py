@@ -67,7 +67,8 @@ class Mark(NamedTuple):
 class Axes:
     """The frame of a chart.
 
-    `steps` and `values` are ranges that the axes must at least cover; `rest` names the faint lines.
+    `steps` and `values` are ranges that the axes must at least cover; `rest` names the faint lines;
+    `along` names what runs along the page, on an axis of the kind `spacing`.
     """
 
     title: str
@@ -80,6 +81,8 @@ class Axes:
     limits: tuple[float, ...] = ()
     points: int = 600
     rest: str = ""
+    along: str = "step"
+    spacing: Kind = "linear"
 
 
 class Key(NamedTuple):
@@ -107,7 +110,7 @@ def line_chart(lines: Sequence[Line], marks: Sequence[Mark], axes: Axes) -> str:
         _grid(frame, axes),
         *_marks(marks, frame),
         *_limits(axes.limits, frame),
-        *(_line(line, frame, axes.points) for line in lines),
+        *(_line(line, frame, axes) for line in lines),
     ]
     if not any(finite(line.points) for line in lines):
         parts.append(_text(axes.width / 2, axes.height / 2, "nothing measured", "muted", "middle"))
@@ -168,7 +171,8 @@ def _frame(lines: Sequence[Line], marks: Sequence[Mark], axes: Axes) -> Frame:
     labels = tick_labels(y_ticks, kind)
     left = 12 + 6.8 * max(6, *(len(label) for label in labels))
     first, last = min(steps, default=0.0), max(steps, default=1.0)
-    x = Scale(first, last if last > first else first + 1, left, axes.width - 12.0)
+    last = last if last > first else first + 1
+    x = Scale(first, last, left, axes.width - 12.0, axes.spacing)
     return Frame(x, y, y_ticks, labels)
 
 
@@ -242,12 +246,12 @@ def _grid(frame: Frame, axes: Axes) -> str:
         parts.append(_text(x.start - 7, at + 4, label, "muted", "end"))
     parts.append(f'<path class="axis" d="M{x.start:.1f} {y.start}H{x.end:.1f}"/>')
     steps = x.ticks(max(3, int((x.end - x.start) / 64)))
-    for value, label in zip(steps, tick_labels(steps), strict=True):
+    for value, label in zip(steps, tick_labels(steps, axes.spacing), strict=True):
         at = x(value)
         parts.append(f'<path class="axis" d="M{at:.1f} {y.start}v4"/>')
         anchor = "end" if at > axes.width - 10 - 3.2 * len(label) else "middle"
         parts.append(_text(min(at, x.end + 8), y.start + 17, label, "muted", anchor))
-    parts.append(_text(2, y.start + 17, "step", "muted", "start"))
+    parts.append(_text(2, y.start + 17, axes.along, "muted", "start"))
     return "".join(parts)
 
 
@@ -268,13 +272,15 @@ def _limits(limits: Sequence[float], frame: Frame) -> list[str]:
 # ---------------------------------------------------------------- lines and marks
 
 
-def _line(line: Line, frame: Frame, limit: int) -> str:
+def _line(line: Line, frame: Frame, axes: Axes) -> str:
     if line.form == "dots":
-        return _dots(line, frame, limit)
-    limit = limit if line.look == "faint" else max(limit, 200)
+        return _dots(line, frame, axes)
+    limit = axes.points if line.look == "faint" else max(axes.points, 200)
     data = _path(decimate(with_gaps(line.points), limit), frame)
     last = next((p for p in reversed(line.points) if math.isfinite(p[1])), None)
-    tail = f": {number(last[1])} at step {number(int(last[0]))}" if last else ": nothing measured"
+    tail = ": nothing measured"
+    if last:
+        tail = f": {number(last[1])} at {axes.along} {number(int(last[0]))}"
     return (
         f'<path class="{line.form} {line.look}" d="{data}">'
         f"<title>{escape(line.label + tail)}</title></path>"
@@ -297,12 +303,12 @@ def _path(points: Sequence[Point], frame: Frame) -> str:
     return "".join(out)
 
 
-def _dots(line: Line, frame: Frame, limit: int) -> str:
-    points = decimate([p for p in line.points if math.isfinite(p[1])], limit)
+def _dots(line: Line, frame: Frame, axes: Axes) -> str:
+    points = decimate([p for p in line.points if math.isfinite(p[1])], axes.points)
     radius = 3.2 if len(points) <= 80 else 2.0
     dots = (
         f'<circle class="dot" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="{radius}"><title>'
-        f"{escape(line.label)} {number(y)} at step {number(int(x))}</title></circle>"
+        f"{escape(line.label)} {number(y)} at {axes.along} {number(int(x))}</title></circle>"
         for x, y in points
     )
     thread = f'<path class="thin" d="{_path(with_gaps(points), frame)}"/>' if points else ""

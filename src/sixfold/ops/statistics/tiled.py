@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from sixfold.contracts import Observation, Statistics
+from sixfold.ops.attend.choose import NUMBA
 from sixfold.ops.attend.reference import logits
-from sixfold.ops.distance.tiled import distance
+from sixfold.ops.distance.tiled import METRICS
 from sixfold.ops.statistics.reference import reduce, widened
 from sixfold.ops.statistics.sampled import at
 
 ROWS = 128
 """Queries at a time."""
+
+
+def distance(x: Tensor, y: Tensor, p: float) -> Tensor:
+    """Distances of heads, (b, h, n, d) and (b, h, m, d), by the fastest primitive at hand."""
+    metric = METRICS["numba" if NUMBA and x.device.type == "cpu" else "tiled"]
+    found = metric.distance(x.flatten(0, 1), y.flatten(0, 1).contiguous(), p)
+    return found.unflatten(0, x.shape[:2])
 
 
 @torch.no_grad()
