@@ -41,6 +41,8 @@ $(VENV)/.run: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.test: $(VENV)/.run
 	$(BIN)/python -m pip install -q -e '.[cli,test]'
+	# without its dependencies: torchvision would have to fit this very build of torch
+	$(BIN)/python -m pip install -q --no-deps 'timm>=1.0.20'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.test

@@ -358,6 +358,8 @@ def test_a_head_that_is_not_there_cannot_be_scaled(make, head):
 
 
 GAUGE = {"projection": {"name": "gaussian", "frames": "so"}, "score": "kl", "reach": "others"}
+
+
 @pytest.fixture
 def fresh_compiler():
     """Layers of other tests do not count against the compiler's limit of versions."""
