@@ -21,6 +21,7 @@ _HOME = {
     "SequenceClassifier": "sixfold.models.classifier",
     "TelemetryVisualizer": "sixfold.report.figures",
     "VisionTransformer": "sixfold.models.vision",
+    "analyze": "sixfold.analysis.run",
     "plot_hexagonal_grid": "sixfold.report.figures",
 }
 
