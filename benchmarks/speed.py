@@ -137,17 +137,15 @@ def loop_rows(blocks: int) -> list[Result]:
 
 
 def import_rows(rounds: int) -> list[Result]:
-    """Seconds that importing sixfold's main names adds to importing torch."""
-    names = "from sixfold import HexagonalMultiHeadAttention, LeadMetaArchitect, LanguageModel"
-
-    def call(code: str) -> Callable[[], object]:
-        return lambda: subprocess.run([sys.executable, "-c", code], check=True)
-
-    times = interleaved(
-        {"torch": call("import torch"), "sixfold": call(f"import torch; {names}")}, rounds
+    """Seconds that importing sixfold's main names takes once torch is there, in fresh processes."""
+    code = (
+        "import time, torch; began = time.perf_counter();"
+        "from sixfold import HexagonalMultiHeadAttention, LeadMetaArchitect, LanguageModel;"
+        "print(time.perf_counter() - began)"
     )
-    added = [a - b for a, b in zip(times["sixfold"], times["torch"], strict=True)]
-    low, middle, high = statistics.quantiles(added, n=4)
+    command = [sys.executable, "-c", code]
+    runs = [subprocess.run(command, capture_output=True, check=True) for _ in range(rounds + 1)]
+    low, middle, high = statistics.quantiles([float(run.stdout) for run in runs[1:]], n=4)
     return [Result("import", "main names", "over torch", middle, "s", (high - low) / 2, 1)]
 
 
@@ -160,7 +158,7 @@ def main() -> None:
     rounds = 2 if given.smoke else 25
     rows: list[Result] = []
     if given.only in (None, "import"):
-        rows += import_rows(min(rounds, 6))
+        rows += import_rows(min(rounds, 11))
     if given.only in (None, "layer"):
         rows += layer_rows(rounds)
     if given.only in (None, "loop"):
