@@ -18,6 +18,10 @@ EXTRAS = {
     "cli": ("cyclopts", "rich", "jinja2", "matplotlib"),
     "text": ("tokenizers",),
     "images": ("sklearn",),
+    "series": ("statsmodels",),
+    "cpu": ("numba",),
+    "huggingface": ("transformers",),
+    "timm": ("timm",),
     "tensorboard": ("tensorboard",),
     "mlflow": ("mlflow",),
 }
