@@ -180,6 +180,9 @@ class Score(Protocol):
 class Reach(Protocol):
     """Which keys a query can see."""
 
+    ordered: str | None
+    """As of a projection: a reach by position serves no context."""
+
     def __call__(self, visibility: Visibility, n: int, m: int, device: torch.device) -> Visibility:
         """Narrow what the caller allows."""
 

@@ -344,6 +344,10 @@ def test_a_probe_changes_no_bit(layer, tokens):
 def test_cross_attention_ignores_padding_and_order_of_the_context(options, make, tokens, kv_heads):
     layer = make(options, num_kv_heads=kv_heads)
     x, context = tokens(2, 4), tokens(2, 6, seed=1)
+    if options["reach"]["name"] != "full":
+        with pytest.raises(ValueError, match="reach '.*' orders the tokens of one sequence"):
+            layer(x, context)
+        return
     real = torch.ones(2, 6, dtype=torch.bool)
     real[1, 4:] = False
     other = context.clone()
@@ -351,8 +355,38 @@ def test_cross_attention_ignores_padding_and_order_of_the_context(options, make,
     out = layer(x, context, key_mask=real)
     assert out.shape == x.shape
     assert torch.equal(out, layer(x, other, key_mask=real))
-    if options["reach"]["name"] == "full":
-        order = torch.tensor([3, 0, 5, 1, 4, 2])
-        turned = layer(x, context[:, order], key_mask=real[:, order])
-        torch.testing.assert_close(out, turned, rtol=0, atol=1e-12)
-        torch.testing.assert_close(out[1:], layer(x[1:], context[1:, :4]), rtol=0, atol=1e-12)
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    turned = layer(x, context[:, order], key_mask=real[:, order])
+    torch.testing.assert_close(out, turned, rtol=0, atol=1e-12)
+    torch.testing.assert_close(out[1:], layer(x[1:], context[1:, :4]), rtol=0, atol=1e-12)
+
+
+def test_nothing_gives_nothing(layer, tokens):
+    """No sequence, no token: shapes are kept and nothing is seen."""
+    for batch, n in ((0, 5), (2, 0)):
+        assert layer(tokens(batch, n)).shape == (batch, n, 24)
+        found = layer.statistics(tokens(batch, n))
+        assert found.entropy.shape == found.log_sum_exp.shape == (batch, 7, n)
+        assert found.received.shape == (batch, 7, n)
+
+
+def test_a_clip_is_kept_wherever_the_state_goes(options, make, tokens):
+    """Also where no hook of `load_state_dict` runs, as in loaders that fill tensors by name."""
+    layer, x = make(options), tokens(1, 5)
+    layer.scale_head_(2, -3)
+    expected = layer(x)
+    other = make(options)
+    state = layer.state_dict()
+    torch.testing.assert_close(functional_call(other, state, (x,)), expected, rtol=0, atol=0)
+    for name, buffer in other.named_buffers():
+        buffer.copy_(state[name])
+    torch.testing.assert_close(other(x), expected, rtol=0, atol=0)
+
+
+def test_nan_is_seen(options, make, tokens):
+    layer, x = make(options), tokens(2, 5)
+    with torch.no_grad():
+        for name, weight in layer.projection.named_parameters():
+            if weight.ndim >= 2 and "network" not in name:
+                weight.fill_(float("nan"))
+    assert layer(x).isnan().any()

@@ -368,3 +368,34 @@ def test_low_precision_errs_no_more_than_the_definition_in_low_precision(name, d
         allowed = fudge * (low.double() - gold).abs().mean()
         rounding = torch.finfo(dtype).eps * gold.abs().mean()
         assert (found.double() - gold).abs().mean() <= allowed + rounding
+
+
+def test_a_centre_that_is_no_number_is_refused():
+    part, key = score("l2_squared"), points(M)
+    key[0, 0, 0] = math.nan
+    with pytest.raises(ValueError, match="the mean of these keys is not finite"):
+        part.recenter_(key)
+    assert (part.center == 0).all()
+    with pytest.raises(ValueError, match="takes no centre"):
+        score("l1").recenter_(points(M))
+
+
+@pytest.mark.parametrize("algebra", ["so", "gl"])
+@pytest.mark.parametrize("per", ["position", "token"])
+def test_frames_that_are_projected_know_their_inverse_and_volume(algebra, per):
+    projection = {"name": "gaussian", "frames": algebra, "per": per}
+    layer = MultiHeadAttention(24, 4, num_kv_heads=2, projection=projection, score="kl")
+    layer = layer.double()
+    with torch.no_grad():
+        for parameter in layer.projection.frames.parameters():
+            parameter.mul_(20)
+    x = torch.randn(2, 9, 24, dtype=torch.float64)
+    belief = layer.projection(x, x, ALL, None).query
+    eye = torch.eye(6, dtype=torch.float64).expand_as(belief.frame)
+    torch.testing.assert_close(belief.frame @ belief.inverse, eye, rtol=0, atol=1e-11)
+    key = layer.projection(x, x, ALL, None).key
+    frames = key.frame if key.frame.ndim == 5 else key.frame[None]
+    volume = torch.linalg.slogdet(frames).logabsdet
+    given = torch.as_tensor(key.log_volume, dtype=torch.float64).expand_as(volume)
+    torch.testing.assert_close(given, volume, rtol=0, atol=1e-11)
+    assert (volume.abs().max() > 1e-3) == (algebra == "gl")

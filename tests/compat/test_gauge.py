@@ -497,3 +497,23 @@ def test_a_strength_that_is_not_positive_is_refused():
     mu, Sigma, phi = beliefs()
     with pytest.raises(ValueError, match="strength must be positive and finite, got 0"):
         listener().settle(mu, Sigma, phi, strength=0.0)
+
+
+def test_a_centre_changes_nothing_of_what_is_believed():
+    layer = listener()
+    mu, Sigma, phi = beliefs()
+    before = layer.settle(mu, Sigma, phi), layer.update(mu, Sigma, phi)
+    layer.recenter_(random(1, 9, D, seed=5) + 2)
+    after = layer.settle(mu, Sigma, phi), layer.update(mu, Sigma, phi)
+    for one, two in zip(before, after, strict=True):
+        torch.testing.assert_close(two.mean, one.mean, **CLOSE)
+    torch.testing.assert_close(after[0].covariance, before[0].covariance, **CLOSE)
+
+
+def test_settling_is_wide_inside():
+    layer = listener().float()
+    mu, Sigma, phi = (part.to(torch.bfloat16) for part in beliefs())
+    found = layer.settle(mu, Sigma, phi)
+    exact = layer.settle(mu.float(), Sigma.float(), phi.float())
+    assert found.mean.dtype == torch.bfloat16
+    torch.testing.assert_close(found.mean.float(), exact.mean, rtol=0.01, atol=0.01)

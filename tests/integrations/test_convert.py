@@ -502,3 +502,18 @@ def test_attention_that_asks_nobody_is_refused():
     model.model.layers[1].self_attn.__class__ = type("DeafAttention", (kind,), {})
     with pytest.raises(ValueError, match=r"layers\.1\.self_attn: DeafAttention does not ask"):
         convert(model)
+
+
+def test_a_module_that_two_places_share_is_swapped_in_both():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one = self.two = nn.MultiheadAttention(16, 4, batch_first=True)
+
+    model = Twice()
+    convert(model, "l1")
+    assert not isinstance(model.one, nn.MultiheadAttention)
+    assert not isinstance(model.two, nn.MultiheadAttention)
+    revert(model)
+    assert isinstance(model.one, nn.MultiheadAttention)
+    assert isinstance(model.two, nn.MultiheadAttention)

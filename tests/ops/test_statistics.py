@@ -223,3 +223,13 @@ def test_the_reference_statistics_have_gradients():
 def test_an_unknown_implementation_is_refused():
     with pytest.raises(ValueError, match="unknown impl 'flash'"):
         statistics(observation("none"), impl="flash")
+
+
+def test_large_logits_keep_their_digits():
+    """A head that looks at one key has no entropy, however large its logits are."""
+    seen = observation("none", n=40, m=40)
+    rating = seen.rating._replace(query=300 * seen.rating.query, key=300 * seen.rating.key)
+    found = statistics(seen._replace(rating=rating))
+    expected = statistics(seen._replace(rating=rating), impl="reference")
+    torch.testing.assert_close(found.entropy, expected.entropy, rtol=0, atol=1e-4)
+    assert (statistics(seen._replace(rating=rating), impl="fused").entropy >= 0).all()

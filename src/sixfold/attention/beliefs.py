@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sixfold.attention._precision import exact, wide
 from sixfold.attention.score.kl import move
 from sixfold.contracts import Belief, Features, Visibility
 from sixfold.geometry.frames import dimension, element
 from sixfold.geometry.gaussian import whole
 from sixfold.ops.attend import choose
+from sixfold.ops.precision import exact, wide
 
 SYMMETRIC = 1e-4  # relative: what a covariance computed in float32 may miss
 
@@ -145,14 +145,20 @@ def listen(
 
 
 def settle(
-    belief: Belief, rating: Features, visibility: Visibility, impl: str, strength: float
+    belief: Belief,
+    rating: Features,
+    visibility: Visibility,
+    impl: str,
+    *,
+    strength: float,
+    center: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Means and covariances that minimise the free energy of each token, its weights held.
 
     F_i(q) = strength KL(q || q_i) + sum_j beta_ij KL(q || Omega_ij q_j). The minimum is Gaussian:
     with P the precisions in the common frame and L = strength P_i + sum_j beta_ij P_j its precision
     is L / (strength + sum_j beta_ij), its mean L^-1 (strength P_i m_i + sum_j beta_ij P_j m_j).
-    The sums are attention over what the keys' features hold already.
+    The sums are attention over what the keys' features hold already, relative to their `center`.
     """
     d, dtype = belief.mean.shape[-1], belief.mean.dtype
     with exact(belief.mean):
@@ -163,7 +169,7 @@ def settle(
         total = heard + strength * torch.cat([natural, ones], -1)
         precision, pull = whole(total[..., : -d - 1], d), total[..., -d - 1 : -1]
         root = torch.linalg.cholesky(precision)
-        mean = torch.cholesky_solve(pull[..., None], root)[..., 0]
+        mean = torch.cholesky_solve(pull[..., None], root)[..., 0] + wide(center)
         covariance = total[..., -1:, None] * torch.cholesky_inverse(root)
         if belief.frame is not None:
             covariance = belief.frame @ covariance @ belief.frame.mT

@@ -267,7 +267,8 @@ class MultiHeadAttention(nn.Module):
         if not self.batch_first:
             x = x.transpose(0, 1)
             context = None if context is None else context.transpose(0, 1)
-        ordered = "rope" if self.rope_theta is not None else self.projection.ordered
+        ordered = self.projection.ordered or self.reach.ordered
+        ordered = "rope" if self.rope_theta is not None else ordered
         if context is not None and (cache is not None or ordered):
             part = "a cache" if cache is not None else ordered
             raise ValueError(f"{part} orders the tokens of one sequence: it cannot serve a context")
@@ -308,7 +309,10 @@ class MultiHeadAttention(nn.Module):
         """Let the score take keys relative to the mean of those of x (b, n, d_model).
 
         A layer computes what it computed, with fewer digits lost to an offset that all keys share:
-        worth it for scores by distance or divergence in half precision.
+        worth it for squared distances and divergences in half precision. A cache that was begun
+        before holds keys relative to the old centre: begin a new one.
+
+        Raises ValueError for a score that takes no centre, and for a mean that is not finite.
         """
         everything = Visibility(None, is_causal=True)
         self.score.recenter_(self._project(x, x, everything, None).key)

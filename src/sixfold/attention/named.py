@@ -15,6 +15,7 @@ from sixfold.contracts import Belief, Features, Visibility
 from sixfold.discover import unknown
 from sixfold.geometry.hexgrid import HexGrid
 from sixfold.ops.attend.reference import weights
+from sixfold.ops.precision import wide
 
 
 class HexagonalMultiHeadAttention(MultiHeadAttention):
@@ -356,10 +357,16 @@ class GaugeAttention(MultiHeadAttention):
         """
         if not (strength > 0 and math.isfinite(strength)):
             raise ValueError(f"strength must be positive and finite, got {strength}")
-        belief, rating, seen = self._listening(mean, covariance, phi, factor, visibility)
-        found, spread = settle(belief, rating, seen, self.impl, strength)
-        d = mean.shape[-1]
-        return Update(found.reshape(mean.shape), spread.reshape(*mean.shape, d), None)
+        # natural parameters do not bear half precision
+        given = (None if part is None else wide(part) for part in (mean, covariance, phi, factor))
+        belief, rating, seen = self._listening(*given, visibility)
+        found, spread = settle(
+            belief, rating, seen, self.impl, strength=strength, center=self.score.center
+        )
+        shape, dtype = mean.shape, mean.dtype
+        return Update(
+            found.reshape(shape).to(dtype), spread.reshape(*shape, shape[-1]).to(dtype), None
+        )
 
     def _listening(
         self,

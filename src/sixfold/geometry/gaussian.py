@@ -17,13 +17,6 @@ def log_det(factor: Tensor, *, diagonal: bool) -> Tensor:
     return 2 * scales.abs().log().sum(-1)
 
 
-def precision(factor: Tensor) -> Tensor:
-    """Inverse of the covariance L L^T, (..., d, d)."""
-    eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-    inverse = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
-    return inverse.mT @ inverse
-
-
 def kl_diagonal(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor) -> Tensor:
     """KL(p || q) of diagonal Gaussians, in nats.
 

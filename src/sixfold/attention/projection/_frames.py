@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sixfold.attention._precision import exact, wide
 from sixfold.contracts import Heads
 from sixfold.geometry.frames import bounded, cayley, dimension, element, powers
+from sixfold.ops.precision import exact, wide
 
 LONGEST = 1000.0  # ratio of the slowest head's wavelength to the fastest one's
 PERIOD = 1024  # positions over which a gl(d) frame may grow by a factor of e

@@ -11,6 +11,8 @@ from sixfold.contracts import Heads, Visibility
 class Full(nn.Module):
     """No restriction."""
 
+    ordered = None
+
     def forward(self, visibility: Visibility, n: int, m: int, device: torch.device) -> Visibility:  # noqa: ARG002
         """What the caller allows, unchanged."""
         return visibility

@@ -16,6 +16,8 @@ from sixfold.ops.attend.reference import restrict, visible
 class Others(nn.Module):
     """All but the diagonal; queries are the last n of m positions."""
 
+    ordered = "reach 'others'"
+
     def forward(self, visibility: Visibility, n: int, m: int, device: torch.device) -> Visibility:
         """The caller's mask without j = i."""
         others = ~torch.eye(m, dtype=torch.bool, device=device)[m - n :]

@@ -15,6 +15,8 @@ from sixfold.ops.attend.reference import restrict, visible
 class Window(nn.Module):
     """Sliding window; queries are the last n of m positions."""
 
+    ordered = "reach 'window'"
+
     def __init__(self, width: int) -> None:
         super().__init__()
         if width < 1:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sixfold.attention._precision import wide
 from sixfold.contracts import Features, Heads, Schema
+from sixfold.ops.precision import wide
 
 
 class Clipped(nn.Module):
@@ -40,8 +40,11 @@ class Clipped(nn.Module):
         """Outputs as they are."""
         return out
 
-    def recenter_(self, key: Any) -> None:
-        """Nothing here depends on where keys lie."""
+    def recenter_(self, key: Any) -> None:  # noqa: ARG002
+        """Raise ValueError: this score would change, or has nothing to gain."""
+        raise ValueError(
+            f"{type(self).__name__} takes no centre: only scores on features of differences do"
+        )
 
     def scale_head_(self, head: int, power: int) -> None:
         """Multiply one head's logits by 2**power."""
@@ -86,21 +89,13 @@ class Centred(Rated):
         self.groups = heads.num_heads // heads.num_kv_heads
         start = torch.zeros(heads.num_kv_heads, 1, heads.head_dim, **factory)
         self.register_buffer("center", start)
-        # known to Python, so that a score that was never recentred pays nothing
-        self.centred = False
-        self.register_load_state_dict_post_hook(Centred._look)
-
-    def _look(self, *_: Any) -> None:
-        self.centred = bool(self.center.any())
 
     def center_keys(self, key: Tensor) -> Tensor:
         """Keys (b, h_kv, m, d) relative to the centre."""
-        return key - self.center.to(key.dtype) if self.centred else key
+        return key - self.center.to(key.dtype)
 
     def center_queries(self, query: Tensor) -> Tensor:
         """Queries (b, h, n, d) relative to the centre of the keys they meet."""
-        if not self.centred:
-            return query
         return query - self.center.to(query.dtype).repeat_interleave(self.groups, 0)
 
     def located(self, key: Any) -> Tensor:
@@ -109,7 +104,11 @@ class Centred(Rated):
 
     @torch.no_grad()
     def recenter_(self, key: Any) -> None:
-        """Put the centre on the mean of these keys."""
+        """Put the centre on the mean of these keys.
+
+        Raises ValueError where that mean is not finite.
+        """
         mean = wide(self.located(key)).mean((0, 2))[:, None]
+        if not mean.isfinite().all():
+            raise ValueError("the mean of these keys is not finite: the centre stays where it was")
         self.center.copy_(mean)
-        self._look()

@@ -5,8 +5,6 @@ Source: Vaswani et al., Attention Is All You Need, arXiv 1706.03762, section 3.2
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from sixfold.attention.score._rated import Clipped
@@ -19,19 +17,9 @@ class Dot(Clipped):
     rotation_invariant = True
     signed = True
 
-    def __init__(self, heads: Heads, **factory: object) -> None:
-        super().__init__(heads, **factory)
-        # known to Python, so that a model of which no head is clipped pays nothing
-        self.clipped = False
-        self.register_load_state_dict_post_hook(Dot._look)
-
-    def _look(self, *_: Any) -> None:
-        self.clipped = bool(self.power.any())
-
     def forward(self, query: Tensor, keys: Tensor) -> Features:
-        """Queries and keys as they are, scale 1/sqrt(d)."""
-        if self.clipped:
-            query = query * self.power.exp2()[:, None, None].to(query.dtype)
+        """Clipped queries and keys as they are, scale 1/sqrt(d)."""
+        query = query * self.power.exp2()[:, None, None].to(query.dtype)
         return Features(query, keys, query.shape[-1] ** -0.5)
 
     def scale_head_(self, head: int, power: int) -> None:
@@ -42,7 +30,6 @@ class Dot(Clipped):
         Source: Kimi K2, arXiv 2507.20534, section 2.1 (QK-Clip, there on W_Q and W_K).
         """
         super().scale_head_(head, power)
-        self._look()
 
 
 def build(heads: Heads, **factory: object) -> Dot:

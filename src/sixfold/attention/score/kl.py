@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sixfold.attention._precision import exact, wide
 from sixfold.attention.score._rated import Centred
 from sixfold.contracts import Belief, Features, Heads
 from sixfold.geometry.gaussian import half, log_det
 from sixfold.ops.attend.features import lift_keys, lift_queries
+from sixfold.ops.precision import exact, wide
 
 
 def move(frame: Tensor, vectors: Tensor) -> Tensor:
@@ -50,9 +50,8 @@ class KL(Centred):
             frame = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
             if key.frame is not None:
                 frame = wide(key.frame)
-            if self.centred:
-                center = wide(self.center).expand_as(mean)
-                mean = mean - (center if key.frame is None else move(frame, center))
+            center = self.center.to(mean.dtype).expand_as(mean)
+            mean = mean - (center if key.frame is None else move(frame, center))
             # L^-1 [U, m - U c] = [W, a] with W^T W = P and a^T a = (U^-1 m - c)^T P (U^-1 m - c)
             sides = beside(frame.expand_as(factor), mean)
             white = torch.linalg.solve_triangular(factor, sides, upper=False)
@@ -70,8 +69,7 @@ class KL(Centred):
             sides, rate = beside(wide(query.factor), wide(query.mean)), self.rounded_rate(dtype)
             if query.inverse is not None:
                 sides = wide(query.inverse) @ sides
-            if self.centred:
-                sides = beside(sides[..., :-1], self.center_queries(sides[..., -1]))
+            sides = beside(sides[..., :-1], self.center_queries(sides[..., -1]))
             second = half(sides @ sides.mT, weighted=True)
             moments = torch.cat([-0.5 * second, sides[..., -1]], dim=-1)
             return Features(lift_queries(rate * moments, -0.5 * rate, dtype), keys, 1.0)

@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from sixfold.attention._precision import exact, wide
 from sixfold.attention.score._rated import Centred
 from sixfold.contracts import Features, Heads
 from sixfold.ops.attend.features import lift_keys, lift_queries
+from sixfold.ops.precision import exact, wide
 
 
 class SquaredL2(Centred):

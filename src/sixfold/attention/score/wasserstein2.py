@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sixfold.attention._precision import exact, wide
 from sixfold.attention.score.kl_diagonal import DiagonalKL
 from sixfold.contracts import Belief, Features, Heads
 from sixfold.ops.attend.features import lift_keys, lift_queries
+from sixfold.ops.precision import exact, wide
 
 
 class Wasserstein2(DiagonalKL):

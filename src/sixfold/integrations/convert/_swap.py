@@ -97,7 +97,8 @@ def attention_in(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
     Raises ValueError where the model is attention itself, which nothing holds, or converted.
     """
     inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
+    # under every name: a module that two places share is swapped in both
+    for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, StandIn) or hasattr(module, OWN):
             raise ValueError(f"{name} is converted: revert the model first")
         claimed = [family for family, found in FAMILIES.items() if found.claims(module)]

@@ -35,6 +35,15 @@ def attend(features: Features, value: Tensor, visibility: Visibility, dropout: f
         query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=square, scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
+    if query.device.type == "cpu":
+        # this kernel gives 0 for a row of NaN: a broken model must not look alive
+        lost = (
+            query.detach().sum(-1, keepdim=True)
+            + key.detach()
+            .sum((-2, -1))
+            .repeat_interleave(query.shape[1] // key.shape[1], dim=1)[..., None, None]
+        )
+        out = out.masked_fill(lost.isnan(), float("nan"))
     # kernels differ on rows that see nothing (zero or NaN by version and device): decide here
     out = out[..., :width]
     return out if mask is None else out.masked_fill(blind_rows(mask), 0.0)

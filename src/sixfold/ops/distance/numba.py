@@ -39,8 +39,10 @@ def workers(threads: int, process: int) -> ThreadPoolExecutor:  # noqa: ARG001 -
 
 def spread(piece: Callable[[int, slice], Any], groups: int, n: int) -> None:
     """Call `piece(group, points)` over all groups and points, on PyTorch's number of threads."""
+    if groups * n == 0:
+        return
     threads = torch.get_num_threads()
-    step = -(-n // -(-threads // groups)) if n else 1
+    step = -(-n // -(-threads // groups))
     pieces = [(g, slice(i, min(i + step, n))) for g in range(groups) for i in range(0, n, step)]
     if threads == 1 or len(pieces) == 1:
         for each in pieces:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sixfold.contracts import Distances, Visibility
 from sixfold.ops.distance.reference import check
+from sixfold.ops.precision import exact
 
 ROWS = 128
 """Queries in a tile."""
@@ -106,15 +107,16 @@ def attention(  # noqa: PLR0913 - an operator takes plain values
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """softmax(-rate ||q - k||_p) v over (g, n, d), (g, m, d), (g, m, d_v) and rate (g, 1, 1).
 
-    Returns the weighted values (g, n, d_v) and the log-sum-exp of each row (g, n, 1). An operator
-    of its own, so that a compiler takes it whole and does not unroll the loop.
+    Returns the weighted values (g, n, d_v) and what normalises each row (g, n, 2): its largest
+    logit and the sum of exponentials relative to it, kept apart because their one logarithm would
+    round. An operator of its own, so that a compiler takes it whole and does not unroll the loop.
     """
     plan = Plan(METRICS[metric], p, (len(query) // heads, heads), is_causal, dropout, int(seed))
     (g, n, _), m = query.shape, key.shape[1]
     out = value.new_zeros(g, n, value.shape[2])
-    lse = query.new_full((g, n, 1), math.inf)
+    norm = query.new_empty(g, n, 2)
     for rows in blocks(n):
-        top = lse.new_full((g, rows.stop - rows.start, 1), torch.finfo(lse.dtype).min)
+        top = norm.new_full((g, rows.stop - rows.start, 1), torch.finfo(norm.dtype).min)
         total, summed = torch.zeros_like(top), torch.zeros_like(out[:, rows])
         for keys in seen_keys(rows, n, m, is_causal=plan.is_causal):
             apart = plan.metric.distance(query[:, rows], key[:, keys], plan.p)
@@ -127,22 +129,23 @@ def attention(  # noqa: PLR0913 - an operator takes plain values
                 weights.mul_(kept(weights, plan, rows, keys))
             summed.mul_(shrink).baddbmm_(weights, value[:, keys])
         blind = total == 0
-        out[:, rows] = summed / total.masked_fill(blind, 1.0)
+        total.masked_fill_(blind, 1.0)
+        out[:, rows] = summed / total
         # exp(logit - inf) is 0: a blind row has no weights in the backward pass either
-        lse[:, rows] = (top + total.log()).masked_fill_(blind, math.inf)
-    return out, lse
+        norm[:, rows] = torch.cat([top.masked_fill_(blind, math.inf), total], -1)
+    return out, norm
 
 
 @attention.register_fake
 def _(query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     value = others[1]
-    return value.new_empty(*query.shape[:2], value.shape[2]), query.new_empty(*query.shape[:2], 1)
+    return value.new_empty(*query.shape[:2], value.shape[2]), query.new_empty(*query.shape[:2], 2)
 
 
 @torch.library.custom_op("sixfold::distance_attention_backward", mutates_args=())
 def attention_backward(  # noqa: PLR0913 - as the operator
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, rate: Tensor, mask: Tensor | None,
-    out: Tensor, lse: Tensor, metric: str, p: float, heads: int, is_causal: bool, dropout: float,  # noqa: FBT001
+    out: Tensor, norm: Tensor, metric: str, p: float, heads: int, is_causal: bool, dropout: float,  # noqa: FBT001
     seed: Tensor, of_mask: bool,  # noqa: FBT001
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, key, value, rate and, if `of_mask`, of a float mask, else empty.
@@ -160,7 +163,7 @@ def attention_backward(  # noqa: PLR0913 - as the operator
             ends = query[:, rows], key[:, keys]
             apart = plan.metric.distance(*ends, plan.p)
             scores = tile_logits(apart, rate, mask, plan, (rows, keys, m - n))
-            weights = scores.sub_(lse[:, rows]).exp_()
+            weights = scores.sub_(norm[:, rows, :1]).exp_().div_(norm[:, rows, 1:])
             sent = grad[:, rows] @ value[:, keys].mT
             used = weights
             if plan.dropout:
@@ -191,10 +194,11 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.save_for_backward(*inputs[:5], *output, seed)
 
 
-def _backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:  # noqa: ARG001
+def _backward(ctx: Any, grad: Tensor, grad_norm: Tensor) -> tuple[Any, ...]:  # noqa: ARG001
     *saved, seed = ctx.saved_tensors
     of_mask = ctx.needs_input_grad[4]
-    found = attention_backward(grad, *saved, *ctx.plan, seed, of_mask)
+    with exact(grad):
+        found = attention_backward(grad, *saved, *ctx.plan, seed, of_mask)
     return (*found[:4], found[4] if of_mask else None, *[None] * 6)
 
 
@@ -227,10 +231,11 @@ def attend_by(
         for tensor in (query, key, value)
     ]
     slopes = rate.to(dtype).repeat(batch)[:, None, None]
-    out, _ = attention(
-        *[t.contiguous() for t in flat], slopes, mask, metric, float(p), heads,
-        visibility.is_causal, dropout, seed,
-    )  # fmt: skip
+    with exact(query):
+        out, _ = attention(
+            *[t.contiguous() for t in flat], slopes, mask, metric, float(p), heads,
+            visibility.is_causal, dropout, seed,
+        )  # fmt: skip
     return out.unflatten(0, (batch, heads)).to(query.dtype)
 
 
@@ -242,8 +247,14 @@ def distance(x: Tensor, y: Tensor, p: float) -> Tensor:
         return torch.cdist(x, y, p).masked_fill_(lost, math.nan)
     if p in (1, 2):
         return torch.cdist(x, y, p, compute_mode="donot_use_mm_for_euclid_dist")
-    # it does not scale what it raises to p: in float64 that is far from overflow
-    return torch.cdist(x.double(), y.double(), p).to(x.dtype)
+    # cdist does not scale what it raises to p, which then overflows or vanishes
+    top = torch.cdist(x, y, math.inf)
+    scale = top.masked_fill((top == 0) | top.isinf(), 1.0)
+    total = torch.zeros_like(top)
+    for feature in range(x.shape[-1]):
+        gap = x[..., feature, None] - y[..., None, :, feature]
+        total += (gap.abs_() / scale).pow_(p)
+    return total.pow_(1 / p).mul_(scale)
 
 
 def pull(x: Tensor, y: Tensor, force: Tensor, apart: Tensor, p: float) -> Tensor:
@@ -254,11 +265,15 @@ def pull(x: Tensor, y: Tensor, force: Tensor, apart: Tensor, p: float) -> Tensor
             gap = x[..., feature, None] - y[..., None, :, feature]
             ties += gap.abs_() == apart
         force = force / ties
-    dtype = x.dtype if p in (1, 2, math.inf) else torch.float64
-    x, y, force, apart = (t.to(dtype).contiguous() for t in (x, y, force, apart))
-    if p not in (1, 2, math.inf):
-        apart = torch.cdist(x, y, p)
-    return torch.ops.aten._cdist_backward(force, x, y, p, apart).to(dtype)
+    x, y, force, apart = (t.contiguous() for t in (x, y, force, apart))
+    if p in (1, 2, math.inf):
+        return torch.ops.aten._cdist_backward(force, x, y, p, apart)
+    out, scale = torch.empty_like(x), apart.masked_fill(apart == 0, 1.0)
+    for feature in range(x.shape[-1]):
+        ratio = (x[..., feature, None] - y[..., None, :, feature]).div_(scale)
+        slope = ratio.abs().pow_(p - 1).mul_(ratio.sign_())
+        out[..., feature] = slope.mul_(force).sum(-1)
+    return out
 
 
 def attend(rating: Distances, value: Tensor, visibility: Visibility, dropout: float) -> Tensor:

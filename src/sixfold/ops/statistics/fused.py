@@ -15,6 +15,7 @@ from sixfold.contracts import Features, Observation, Statistics
 from sixfold.ops.attend.features import equal_widths, lift_keys, lift_queries
 from sixfold.ops.attend.fused import blind_rows
 from sixfold.ops.attend.reference import visible
+from sixfold.ops.precision import exact
 from sixfold.ops.statistics.reference import widened
 
 
@@ -64,12 +65,14 @@ def received(
 def statistics(observation: Observation, *, largest: bool = False) -> Statistics:
     """Same as the reference, without its gradient.
 
+    Entropy is a difference of two numbers as large as the logits: its error is about 1e-7 of them.
+
     Raises ValueError for what two fused calls cannot give, naming it.
     """
     reason = refusal(observation, largest=largest)
     if reason is not None:
         raise ValueError(f"impl 'fused' cannot give these statistics: {reason}; use 'tiled'")
-    with torch.autocast(observation.rating.query.device.type, enabled=False):
+    with exact(observation.rating.query):
         query, key, scale = widened(observation.rating)
         n, m = query.shape[-2], key.shape[-2]
         visibility = observation.visibility
@@ -77,7 +80,7 @@ def statistics(observation: Observation, *, largest: bool = False) -> Statistics
         mask = None if square else visible(visibility, n, m, query.device)
         key, query = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1), scale * query
         mean_key, lse = flash(query, key, mask, is_causal=square)
-        entropy = lse - (query * mean_key[..., : query.shape[-1]]).sum(-1)
+        entropy = (lse - (query * mean_key[..., : query.shape[-1]]).sum(-1)).clamp(min=0)
         mass = received(query, key, lse, mask, square=square)
     if mask is not None:
         blind = blind_rows(mask)[..., 0]

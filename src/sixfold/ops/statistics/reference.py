@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sixfold.contracts import Observation, Rating, Statistics
 from sixfold.ops.attend.reference import logits
+from sixfold.ops.precision import exact
 
 
 def widened(rating: Rating) -> Rating:
@@ -38,7 +39,7 @@ def reduce(scores: Tensor, *, signed: bool) -> Statistics:
 
 def statistics(observation: Observation, *, largest: bool = True) -> Statistics:
     """Statistics of all queries and keys; holds b h n m numbers."""
-    with torch.autocast(observation.rating.query.device.type, enabled=False):
+    with exact(observation.rating.query):
         scores = logits(widened(observation.rating), observation.visibility)
     found = reduce(scores, signed=observation.signed)
     return found if largest else found._replace(largest=None)

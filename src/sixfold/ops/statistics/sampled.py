@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sixfold.contracts import Observation, Visibility
 from sixfold.ops.attend.reference import logits, restrict
+from sixfold.ops.precision import exact
 
 QUERIES = 64
 
@@ -47,9 +48,9 @@ def head_statistics(observation: Observation) -> tuple[Tensor, Tensor]:
     `sampled`; pass one of its results to measure them.
     """
     rating = observation.rating
-    with torch.autocast(rating.query.device.type, enabled=False):
-        exact = rating._replace(query=rating.query.float(), key=rating.key.float())
-        scores = logits(exact, observation.visibility)
+    with exact(rating.query):
+        whole = rating._replace(query=rating.query.float(), key=rating.key.float())
+        scores = logits(whole, observation.visibility)
     seen = ~scores.isneginf()
     count = seen.sum(-1)
     largest = scores.amax(-1)

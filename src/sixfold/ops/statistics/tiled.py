@@ -9,6 +9,7 @@ from sixfold.contracts import Observation, Statistics
 from sixfold.ops.attend.choose import NUMBA
 from sixfold.ops.attend.reference import logits
 from sixfold.ops.distance.tiled import METRICS
+from sixfold.ops.precision import exact
 from sixfold.ops.statistics.reference import reduce, widened
 from sixfold.ops.statistics.sampled import at
 
@@ -29,7 +30,7 @@ def statistics(observation: Observation, *, largest: bool = True) -> Statistics:
     rating = observation.rating
     places = torch.arange(rating.query.shape[-2], device=rating.query.device)
     parts = []
-    with torch.autocast(rating.query.device.type, enabled=False):
+    with exact(rating.query):
         whole = observation._replace(rating=widened(rating))
         for rows in places.split(ROWS):
             few = at(whole, rows)
