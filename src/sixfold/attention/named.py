@@ -268,7 +268,7 @@ class GaugeAttention(MultiHeadAttention):
         """Every head's temperature, (h,)."""
         return 1 / self.score.rate()
 
-    def update(
+    def update(  # noqa: PLR0913 - a belief, what to return, and the masks of forward
         self,
         mean: Tensor,
         covariance: Tensor | None = None,
@@ -277,7 +277,9 @@ class GaugeAttention(MultiHeadAttention):
         factor: Tensor | None = None,
         covariances: bool = False,
         need_weights: bool = False,
-        **visibility: Any,
+        attn_mask: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        is_causal: bool = False,
     ) -> Update:
         """What tokens believe after listening: mu_i' = sum over j of beta_ij Omega_ij mu_j.
 
@@ -293,7 +295,9 @@ class GaugeAttention(MultiHeadAttention):
             covariances: also the covariances of the mixtures, sum over j of
                 beta_ij Omega_ij (S_j + mu_j mu_j^T) Omega_ij^T - mu_i' mu_i'^T.
             need_weights: also the weights beta, (b, h, n, n).
-            visibility: ``attn_mask``, ``key_mask`` and ``is_causal`` as in `forward`.
+            attn_mask: as in `forward`.
+            key_mask: as in `forward`.
+            is_causal: as in `forward`.
 
         Returns:
             An `Update` of the same shapes. Tokens that see none have mean and covariance zero.
@@ -309,7 +313,8 @@ class GaugeAttention(MultiHeadAttention):
         >>> layer.update(mu, same).mean[0, 0]  # 2 e^-2 / (1 + e^-2)
         tensor(0.2384)
         """
-        belief, rating, seen = self._listening(mean, covariance, phi, factor, visibility)
+        belief = believe(mean, covariance, phi, factor=factor, algebra=self.frames)
+        rating, seen = self._listening(belief, attn_mask, key_mask, is_causal=is_causal)
         found, spread = listen(belief, rating, seen, self.impl, covariances=covariances)
         return Update(
             found.reshape(mean.shape),
@@ -325,7 +330,9 @@ class GaugeAttention(MultiHeadAttention):
         *,
         factor: Tensor | None = None,
         strength: float = 1.0,
-        **visibility: Any,
+        attn_mask: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        is_causal: bool = False,
     ) -> Update:
         """What tokens believe after one variational step, without any target.
 
@@ -341,7 +348,9 @@ class GaugeAttention(MultiHeadAttention):
             phi: (..., n, g), coordinates of the frames, as in `update`.
             factor: lower Cholesky factors (..., n, d, d), instead of `covariance`.
             strength: how much a token's own belief counts beside what it hears, positive.
-            visibility: ``attn_mask``, ``key_mask`` and ``is_causal`` as in `forward`.
+            attn_mask: as in `forward`.
+            key_mask: as in `forward`.
+            is_causal: as in `forward`.
 
         Returns:
             An `Update`. A token that sees none keeps its belief.
@@ -358,8 +367,9 @@ class GaugeAttention(MultiHeadAttention):
         if not (strength > 0 and math.isfinite(strength)):
             raise ValueError(f"strength must be positive and finite, got {strength}")
         # natural parameters do not bear half precision
-        given = (None if part is None else wide(part) for part in (mean, covariance, phi, factor))
-        belief, rating, seen = self._listening(*given, visibility)
+        wider = [None if part is None else wide(part) for part in (mean, covariance, phi, factor)]
+        belief = believe(*wider[:3], factor=wider[3], algebra=self.frames)
+        rating, seen = self._listening(belief, attn_mask, key_mask, is_causal=is_causal)
         found, spread = settle(
             belief, rating, seen, self.impl, strength=strength, center=self.score.center
         )
@@ -370,21 +380,19 @@ class GaugeAttention(MultiHeadAttention):
 
     def _listening(
         self,
-        mean: Tensor,
-        covariance: Tensor | None,
-        phi: Tensor | None,
-        factor: Tensor | None,
-        visibility: dict[str, Any],
-    ) -> tuple[Belief, Features, Visibility]:
-        """Given beliefs, how they rate one another, and who sees whom."""
-        belief = believe(mean, covariance, phi, factor=factor, algebra=self.frames)
+        belief: Belief,
+        attn_mask: Tensor | None,
+        key_mask: Tensor | None,
+        *,
+        is_causal: bool,
+    ) -> tuple[Features, Visibility]:
+        """How given beliefs rate one another, and who sees whom."""
         batch, heads, n, d = belief.mean.shape
         if (heads, d) != (self.heads.num_heads, self.heads.head_dim):
             raise ValueError(
                 f"mean must have {self.heads.num_heads} heads of width {self.heads.head_dim}, "
                 f"got {heads} of width {d}"
             )
-        masks = {"attn_mask": None, "key_mask": None, "is_causal": False} | visibility
-        seen = visibility_of(shape=(batch, heads, n, n), **masks)
-        seen = self.reach(seen, n, n, mean.device)
-        return belief, self.score(belief, self.score.keys(belief)), seen
+        seen = visibility_of(attn_mask, key_mask, (batch, heads, n, n), is_causal=is_causal)
+        seen = self.reach(seen, n, n, belief.mean.device)
+        return self.score(belief, self.score.keys(belief)), seen
