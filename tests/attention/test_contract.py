@@ -9,6 +9,7 @@ import torch
 from torch.func import functional_call
 
 from sixfold.attention.cache import KeyValueCache
+from sixfold.contracts import Visibility
 from sixfold.ops.attend.reference import logits
 
 
@@ -279,13 +280,13 @@ def test_device_and_dtype_are_honoured(options, layer, make, tokens):
 
 
 class Seen:
-    """Keeps the logits of one pass."""
+    """Keeps what the score says in one pass, whoever sees it."""
 
     def __init__(self):
         self.logits, self.stages = None, []
 
     def observe(self, observation):
-        self.logits = logits(observation.rating, observation.visibility)
+        self.logits = logits(observation.rating, Visibility(None, is_causal=False))
 
     def mark(self, stage):
         self.stages.append(stage)

@@ -1,6 +1,7 @@
 """The module against independent implementations, and what it refuses."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 
 from sixfold import HexagonalMultiHeadAttention, MultiHeadAttention
 from sixfold.attention.cache import KeyValueCache
+from sixfold.attention.masks import same_document
 from sixfold.attention.rotary import rotate
 
 CLOSE = {"rtol": 0, "atol": 1e-12}
@@ -232,6 +234,103 @@ def test_the_seeds_class_is_a_composition(make, tokens):
     assert (swapped.mixer.graph() != 0).sum() == 7 + 14
 
 
+# ---------------------------------------------------------------- penalties, caps, sinks, documents
+
+
+def explicitly(layer, x, *, cap=None, sinks=None, slopes=None, seen=None):
+    """Causal dot-product attention written out, one row at a time."""
+    weights = layer.materialize()
+    q, k, v = (torch.einsum("bnc,hdc->bhnd", x, weights[role]) for role in "qkv")
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    out = torch.zeros_like(q)
+    for b, h, i in itertools.product(*map(range, q.shape[:3])):
+        keys = [j for j in range(i + 1) if seen is None or seen[b, i, j]]
+        s = torch.stack([q[b, h, i] @ k[b, h, j] / q.shape[-1] ** 0.5 for j in keys])
+        s = s if cap is None else cap * (s / cap).tanh()
+        if slopes is not None:
+            s = s - slopes[h] * torch.tensor([i - j for j in keys], dtype=s.dtype)
+        rest = 0.0 if sinks is None else sinks[h].exp()
+        out[b, h, i] = (s.exp() @ v[b, h, keys]) / (s.exp().sum() + rest)
+    return layer.output(out.transpose(1, 2).flatten(2))
+
+
+EIGHT = [2.0**-i for i in range(1, 9)]
+
+
+@pytest.mark.parametrize(
+    ("heads", "expected"), [(8, EIGHT), (12, [*EIGHT, *(2.0 ** -(i + 0.5) for i in range(4))])]
+)
+def test_alibi_has_the_published_slopes(make, tokens, heads, expected):
+    layer = make({}, num_heads=heads, reach="alibi")
+    found = layer(tokens(2, 7), is_causal=True)
+    wanted = explicitly(layer, tokens(2, 7), slopes=expected)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("kv_heads", [6, 2])
+@pytest.mark.parametrize(("cap", "sinks"), [(1.5, False), (None, True), (1.5, True)])
+def test_caps_and_sinks_are_their_formula(make, tokens, impl, kv_heads, cap, sinks):
+    sizes = {"num_heads": 6, "num_kv_heads": kv_heads, "softcap": cap, "sinks": sinks}
+    layer, x = make({}, impl=impl, **sizes), 2 * tokens(2, 9).requires_grad_()
+    found = layer(x, is_causal=True)
+    wanted = explicitly(layer, x, cap=cap, sinks=layer.sinks)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    learned = [x, *layer.parameters()]
+    flow = tokens(2, 9, seed=1)
+    pairs = zip(*(torch.autograd.grad(y, learned, flow) for y in (found, wanted)), strict=True)
+    for ours, exact in pairs:
+        torch.testing.assert_close(ours, exact, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("score", ["dot", "cosine", "l1"])
+@pytest.mark.parametrize("extra", [{"softcap": 2.0}, {"sinks": True}])
+def test_caps_and_sinks_keep_what_a_layer_owes(make, tokens, score, extra):
+    layer, x = make({}, score=score, **extra), tokens(2, 9)
+    whole = layer(x, is_causal=True)
+    cache = KeyValueCache()
+    parts = [layer(part, is_causal=True, cache=cache) for part in x.split([4, 1, 4], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-12)
+    real = torch.ones(2, 9, dtype=torch.bool)
+    real[1, :3] = False
+    alone = layer(x[1:, 3:], is_causal=True)
+    padded = layer(x, is_causal=True, key_mask=real)
+    torch.testing.assert_close(padded[1:, 3:], alone, rtol=0, atol=1e-12)
+    assert (padded[1, :3] == 0).all()
+    out, weights = layer(x, is_causal=True, need_weights=True)
+    assert torch.equal(out, whole)
+    assert weights.shape == (2, 7, 9, 9)
+    assert (weights.sum(-1) < 1).all() == ("sinks" in extra)
+    found = layer.statistics(x, is_causal=True)
+    torch.testing.assert_close(found.received.double(), weights.sum(-2), rtol=0, atol=1e-5)
+
+
+def test_a_float_mask_passes_the_sink_by(make, tokens):
+    layer, x = make({}, sinks=True), tokens(2, 1)
+    mask = torch.full((1, 1), 3.0, dtype=torch.float64)
+    _, plain = layer(x, need_weights=True)
+    _, raised = layer(x, attn_mask=mask, need_weights=True)
+    odds = plain / (1 - plain) * torch.tensor(3.0, dtype=torch.float64).exp()
+    torch.testing.assert_close(raised, odds / (1 + odds), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{"rope_theta": 1e4}, {"reach": "alibi"}, {"score": "l1"}])
+def test_packed_documents_do_not_meet(make, tokens, options):
+    layer, x = make({}, **options), tokens(1, 9)
+    packed = layer(x, is_causal=True, attn_mask=same_document(torch.tensor([[3] * 4 + [1] * 5])))
+    alone = [layer(part, is_causal=True) for part in x.split([4, 5], dim=1)]
+    torch.testing.assert_close(packed, torch.cat(alone, 1), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(5, 24), (2, 5, 23), (2, 3, 5, 24)])
+def test_wrong_widths_are_refused(make, shape):
+    layer, right = make({}), torch.zeros(2, 5, 24, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"x must be \(b, n, d_model\) with d_model 24, got"):
+        layer(torch.zeros(shape, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"context must be \(b, n, d_model\) with d_model 24"):
+        layer(right, torch.zeros(shape, dtype=torch.float64))
+
+
 def test_the_spectral_flag_is_refused_by_name():
     with pytest.raises(NotImplementedError, match=r"use_spectral=True.*none, ring, random, dense"):
         HexagonalMultiHeadAttention(64, use_spectral=True)
@@ -270,6 +369,10 @@ def test_the_spectral_flag_is_refused_by_name():
         ({"projection": "hypernetwork"}, "'hypernetwork'.*no hexagonal grid has 6 heads.*7"),
         ({"mixer": "hexagonal"}, "'hexagonal'.*no hexagonal grid has 6 heads.*7"),
         ({"mixer": "random"}, "'random'.*no hexagonal grid has 6 heads.*7"),
+        ({"softcap": 0.0}, "softcap must be positive, got 0.0"),
+        ({"softcap": 9.0, "impl": "fused"}, "softcap of score 'dot'.*impl 'fused' never holds"),
+        ({"sinks": True, "score": "l1", "impl": "tiled"}, "sinks of score 'l1'.*impl 'tiled'"),
+        ({"sinks": True, "score": "l2_squared"}, "sinks cannot be used with score 'l2_squared'"),
     ],
 )
 def test_what_cannot_be_built_is_refused(options, message):
@@ -376,6 +479,8 @@ COMPILED = {
     "beliefs": {"projection": "gaussian_diagonal", "score": "kl_diagonal"},
     "gauge": GAUGE,
     "tiles": {"score": "chebyshev"},
+    "capped": {"reach": "alibi", "softcap": 2.0},
+    "sinks": {"sinks": True},
 }  # fmt: skip
 
 

@@ -14,11 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sixfold.attention.masks import visibility_of
 from sixfold.attention.rotary import rotate
-from sixfold.contracts import Cache, Emission, Heads, Observation, Probe, Statistics, Visibility
+from sixfold.contracts import (
+    Cache,
+    Emission,
+    Features,
+    Heads,
+    Observation,
+    Probe,
+    Rating,
+    Score,
+    Statistics,
+    Visibility,
+)
 from sixfold.discover import load, unknown
 from sixfold.geometry.hexgrid import HexGrid
 from sixfold.ops.attend import choose, reference
+from sixfold.ops.attend.logits import reshaped
 from sixfold.ops.statistics.choose import statistics
 
 Part = str | Mapping[str, Any]
@@ -42,41 +55,6 @@ def build_part(kind: str, part: Part, heads: Heads, **factory: Any) -> Any:
         return build(heads, **options, **factory)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{kind} {name!r}: {error}") from error
-
-
-def visibility_of(
-    attn_mask: Tensor | None,
-    key_mask: Tensor | None,
-    shape: tuple[int, int, int, int],
-    *,
-    is_causal: bool,
-) -> Visibility:
-    """Join the caller's masks into one that broadcasts to `shape` (b, h, n, m).
-
-    Raises ValueError for a shape or dtype that cannot be meant.
-    """
-    batch, _, n, m = shape
-    if attn_mask is not None:
-        mask = attn_mask[:, None] if attn_mask.ndim == 3 else attn_mask
-        axes = zip(mask.shape, (n, m) if mask.ndim == 2 else shape, strict=False)
-        if mask.ndim not in (2, 4) or any(size not in (1, whole) for size, whole in axes):
-            raise ValueError(
-                f"attn_mask must be (n, m), (b, n, m) or (b, h, n, m) = {shape}, "
-                f"got {tuple(attn_mask.shape)}"
-            )
-        if mask.dtype != torch.bool and not mask.is_floating_point():
-            raise ValueError(
-                f"attn_mask must be boolean (True = may attend) or float, got {mask.dtype}"
-            )
-        attn_mask = mask
-    if key_mask is not None:
-        if key_mask.shape != (batch, m) or key_mask.dtype != torch.bool:
-            raise ValueError(
-                f"key_mask must be boolean (True = a real key) of shape (b, m) = {(batch, m)}, "
-                f"got {key_mask.dtype} {tuple(key_mask.shape)}"
-            )
-        attn_mask = reference.restrict(attn_mask, key_mask[:, None, None, :])
-    return Visibility(attn_mask, is_causal)
 
 
 class Unwatched:
@@ -104,9 +82,11 @@ class MultiHeadAttention(nn.Module):
             ``gaussian_diagonal`` for beliefs.
         score: of points ``dot``, ``cosine``, ``l2_squared``, ``l2``, ``l1``, ``lp`` or
             ``chebyshev``; of beliefs ``kl``, ``kl_diagonal``, ``jeffreys`` or ``wasserstein2``.
-        reach: ``full``, ``others`` or ``{"name": "window", "width": 128}``.
+        reach: ``full``, ``others``, ``alibi`` or ``{"name": "window", "width": 128}``.
         mixer: ``none``, ``ring``, ``random``, ``dense`` or ``hexagonal``.
         rope_theta: base of rotary position embedding, or None for none.
+        softcap: logits become softcap tanh(logit / softcap); all of them are held at once.
+        sinks: each head learns the logit of a sink, which takes weight and gives nothing.
         dropout: probability of dropping an attention weight in training.
         impl: ``reference``, ``fused`` (scores that are inner products), ``tiled``, ``numba`` or
             ``triton`` (the other distances) run or raise; ``auto`` takes the fastest at hand.
@@ -137,6 +117,8 @@ class MultiHeadAttention(nn.Module):
         reach: Part = "full",
         mixer: Part = "none",
         rope_theta: float | None = None,
+        softcap: float | None = None,
+        sinks: bool = False,
         dropout: float = 0.0,
         impl: str = "auto",
         batch_first: bool = True,
@@ -167,6 +149,13 @@ class MultiHeadAttention(nn.Module):
             raise ValueError(
                 f"rope turns pairs of features: head_dim must be even, got {heads.head_dim}"
             )
+        if softcap is not None and not softcap > 0:
+            raise ValueError(f"softcap must be positive, got {softcap}")
+        if softcap is not None or sinks:
+            check_reshaping(self.score, score, impl, sinks_alone=softcap is None)
+        self.softcap, self.sinks = softcap, None
+        if sinks:
+            self.sinks = nn.Parameter(torch.zeros(heads.num_heads, **factory))
         self.rope_theta, self.dropout, self.impl = rope_theta, dropout, impl
         self.batch_first = batch_first
         self.probe: Probe | None = None
@@ -218,7 +207,7 @@ class MultiHeadAttention(nn.Module):
             keys, value = cache.append("key", keys), cache.append("value", value)
         probe.mark("projection")
         visibility = self.reach(visibility, x.shape[1], past + source.shape[1], x.device)
-        rating = self.score(query, keys)
+        rating, value, visibility = self._rate(query, keys, value, visibility)
         dropout = self.dropout if self.training else 0.0
         out = choose.attend(rating, value, visibility, dropout, self.impl)
         out = self.score.readout(out, query)
@@ -229,7 +218,7 @@ class MultiHeadAttention(nn.Module):
         out = self.output(mixed.flatten(2))
         probe.mark("output")
         out = out if self.batch_first else out.transpose(0, 1)
-        return (out, reference.weights(rating, visibility)) if need_weights else out
+        return (out, self._of_keys(reference.weights(rating, visibility))) if need_weights else out
 
     @torch.no_grad()
     def statistics(
@@ -254,16 +243,24 @@ class MultiHeadAttention(nn.Module):
         """
         x, source = self._sources(x, context, None)
         visibility = self._visibility(x, source, 0, attn_mask, key_mask, is_causal=is_causal)
-        query, key, _ = self._project(x, source, visibility, None)
+        query, key, value = self._project(x, source, visibility, None)
         visibility = self.reach(visibility, x.shape[1], source.shape[1], x.device)
-        rating = self.score(query, self.score.keys(key))
+        rating, _, visibility = self._rate(query, self.score.keys(key), value, visibility)
         seen = Observation(rating, visibility, self.score.signed)
-        return statistics(seen, largest=largest, impl=impl)
+        found = statistics(seen, largest=largest, impl=impl)
+        return found._replace(received=self._of_keys(found.received))
 
     def _sources(
         self, x: Tensor, context: Tensor | None, cache: Cache | None
     ) -> tuple[Tensor, Tensor]:
         """Where queries and keys come from, batch first."""
+        for name, tokens in (("x", x), ("context", context)):
+            if tokens is not None and (tokens.ndim != 3 or tokens.shape[-1] != self.heads.d_model):
+                axes = "(b, n, d_model)" if self.batch_first else "(n, b, d_model)"
+                raise ValueError(
+                    f"{name} must be {axes} with d_model {self.heads.d_model}, "
+                    f"got {tuple(tokens.shape)}"
+                )
         if not self.batch_first:
             x = x.transpose(0, 1)
             context = None if context is None else context.transpose(0, 1)
@@ -298,6 +295,19 @@ class MultiHeadAttention(nn.Module):
         turned = (rotate(part, past, self.rope_theta) for part in (emitted.query, emitted.key))
         return Emission(*turned, emitted.value)
 
+    def _rate(
+        self, query: Any, keys: Tensor, value: Tensor, visibility: Visibility
+    ) -> tuple[Rating, Tensor, Visibility]:
+        """The score's rating, capped and with a sink where this layer has them."""
+        rating = self.score(query, keys)
+        if self.softcap is None and self.sinks is None:
+            return rating, value, visibility
+        return reshaped(rating, value, visibility, self.softcap, self.sinks)
+
+    def _of_keys(self, per_key: Tensor) -> Tensor:
+        """What is said of each key, without the sink before them."""
+        return per_key if self.sinks is None else per_key[..., 1:]
+
     def scale_head_(self, head: int, power: int) -> None:
         """Multiply the logits of one head by 2**power, in place and exactly reversibly."""
         if not 0 <= head < self.heads.num_heads:
@@ -320,6 +330,20 @@ class MultiHeadAttention(nn.Module):
     def materialize(self) -> dict[str, Tensor]:
         """Plain weights ``q`` (h, d, d_model), ``k`` and ``v`` (h_kv, d, d_model)."""
         return self.projection.materialize()
+
+
+def check_reshaping(score: Score, part: Part, impl: str, *, sinks_alone: bool) -> None:
+    """Raise ValueError for a cap or a sink that this score or implementation cannot have."""
+    what = "sinks" if sinks_alone else "softcap"
+    if score.gives is Features and not score.signed:
+        raise ValueError(
+            f"{what} cannot be used with score {part!r}: it is known only up to a term of the query"
+        )
+    if not (sinks_alone and score.gives is Features) and impl not in ("auto", "reference"):
+        raise ValueError(
+            f"{what} of score {part!r} needs all logits at once, which impl {impl!r} never holds; "
+            "choose from: auto, reference"
+        )
 
 
 def check_sizes(

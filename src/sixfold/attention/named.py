@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from sixfold.attention.beliefs import Update, believe, divergence_score, listen, settle
-from sixfold.attention.multihead import MultiHeadAttention, check_sizes, visibility_of
+from sixfold.attention.masks import visibility_of
+from sixfold.attention.multihead import MultiHeadAttention, check_sizes
 from sixfold.attention.score.cosine import LARGEST
 from sixfold.contracts import Belief, Features, Visibility
 from sixfold.discover import unknown

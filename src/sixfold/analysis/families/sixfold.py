@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from sixfold.analysis.families._watch import Family, Log, LogOf, before, put
 from sixfold.analysis.measure import sight, tokens_of
-from sixfold.attention.multihead import MultiHeadAttention, visibility_of
+from sixfold.attention.masks import visibility_of
+from sixfold.attention.multihead import MultiHeadAttention
 from sixfold.contracts import Observation
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sixfold.analysis.families._watch import Family, Log, LogOf, after, before
 from sixfold.analysis.measure import sight, tokens_of
-from sixfold.attention.multihead import visibility_of
+from sixfold.attention.masks import visibility_of
 from sixfold.contracts import Features, Observation
 
 

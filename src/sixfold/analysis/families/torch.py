@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 
 from sixfold.analysis.families._watch import Family, Log, LogOf, after, before
 from sixfold.analysis.measure import Sight, sight, tokens_of
-from sixfold.attention.multihead import visibility_of
+from sixfold.attention.masks import visibility_of
 from sixfold.contracts import Features, Observation, Visibility
 
 FORWARD = inspect.signature(nn.MultiheadAttention.forward)

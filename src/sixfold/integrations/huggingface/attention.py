@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from sixfold import discover
-from sixfold.attention.multihead import build_part, visibility_of
+from sixfold.attention.masks import visibility_of
+from sixfold.attention.multihead import build_part
 from sixfold.attention.score.dot import Dot
 from sixfold.contracts import Features, Heads, Rating, Visibility
 from sixfold.integrations.convert._stand_in import OWN
 from sixfold.ops.attend import choose, reference
-from sixfold.ops.attend.features import lift_keys, lift_queries
+from sixfold.ops.attend.logits import reshaped
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -123,13 +123,15 @@ def attention_by(score: str) -> Callable[..., Attended]:
         key, value, visibility = seen(call, query, key, value, attention_mask)
         part = score_of(call, query, key)
         rating = stretched(call, part(query, part.keys(key)), query.shape[-1])
-        rating, value, visibility = reshaped(call, part, rating, value, visibility)
+        check_reshaped(call, part, rating)
+        cap, sinks = asked.get("softcap"), asked.get("s_aux")
+        rating, value, visibility = reshaped(rating, value, visibility, cap, sinks)
         dropout = asked.get("dropout") or 0.0
         out = choose.attend(rating, value, visibility, dropout).transpose(1, 2).contiguous()
         if not asked.get("output_attentions"):
             return out, None
         weights = reference.weights(rating, visibility)
-        return out, weights if asked.get("s_aux") is None else weights[..., 1:]
+        return out, weights if sinks is None else weights[..., 1:]
 
     forward.__name__ = forward.__qualname__ = PREFIX + score
     forward.__doc__ = f"Attention by the score ``{score}``: (b, n, h, d), and weights if asked for."
@@ -167,17 +169,12 @@ def seen(call: Call, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
         # "not visible" is written as the smallest number; a row of these must not become uniform
         mask = mask.masked_fill(mask <= torch.finfo(mask.dtype).min, -math.inf)
     if bias is not None:
-        mask = bias if mask is None else joined(bias, mask)
+        mask = reference.masked(bias, mask)
     documents = same_document(call, shape)
     if documents is not None:
         mask = reference.restrict(mask, documents)
     visibility = visibility_of(mask, None, shape, is_causal=is_causal)
     return Sight(key, value, windowed(call, visibility, n, key.shape[2], query.device))
-
-
-def joined(logits: Tensor, mask: Tensor) -> Tensor:
-    """Logits where a boolean mask is True, or plus a float mask."""
-    return reference.restrict(logits, mask) if mask.dtype == torch.bool else logits + mask
 
 
 def same_document(call: Call, shape: tuple[int, ...]) -> Tensor | None:
@@ -276,49 +273,8 @@ def stretched(call: Call, rating: Rating, d: int) -> Rating:
 # ---------------------------------------------------------------- softcap and sinks
 
 
-def reshaped(
-    call: Call, part: nn.Module, rating: Rating, value: Tensor, visibility: Visibility
-) -> tuple[Rating, Tensor, Visibility]:
-    """Cap the logits by softcap tanh(logit / softcap), add a sink of logit s_aux and value 0.
-
-    A sink comes first, so that causality, counted from the last key, stays what it was.
-    """
-    cap, sinks = call.asked.get("softcap"), call.asked.get("s_aux")
-    if cap is None and sinks is None:
-        return rating, value, visibility
-    is_inner = isinstance(rating, Features)
-    if is_inner and not part.signed:
-        name = "s_aux" if cap is None else "softcap"
-        raise call.refuse(name, "this score is known only up to a term of the query")
-    if cap is not None or not is_inner:
-        rating, visibility = as_bias(rating, visibility, cap)
-    if sinks is None:
-        return rating, value, visibility
-    mask = visibility.mask
-    if mask is not None and mask.shape[-1] > 1:
-        mask = pad(mask, (1, 0), value=mask.dtype == torch.bool)
-    return with_sink(rating, sinks), pad(value, (0, 0, 1, 0)), visibility._replace(mask=mask)
-
-
-def as_bias(
-    rating: Rating, visibility: Visibility, cap: float | None
-) -> tuple[Features, Visibility]:
-    """The same logits, capped, held as a mask (b, h, n, m) over features that are zero."""
-    logits = reference.logits(rating, Visibility(None, is_causal=False))
-    if cap is not None:
-        logits = cap * torch.tanh(logits / cap)
-    mask = reference.visible(visibility, *logits.shape[2:], logits.device)
-    if mask is not None:
-        logits = joined(logits, mask)
-    empty = [torch.zeros_like(points[..., :1]) for points in (rating.query, rating.key)]
-    return Features(*empty, 1.0), Visibility(logits, is_causal=False)
-
-
-def with_sink(rating: Features, sinks: Tensor) -> Features:
-    """One more key, before the others, that head h rates sinks_h whatever the query."""
-    query, key, scale = rating
-    own = torch.zeros_like(key[..., 0])
-    own, key = pad(own, (1, 0), value=1.0), pad(key, (0, 0, 1, 0))
-    weight = (sinks / scale)[:, None, None]
-    lifted = lift_queries(query, weight, query.dtype), lift_keys(key, own, key.dtype)
-    return Features(*lifted, scale)
+def check_reshaped(call: Call, part: nn.Module, rating: Rating) -> None:
+    """Raise a ValueError where a cap or a sink would meet logits that lack a term of the query."""
+    asked = [name for name in ("softcap", "s_aux") if call.asked.get(name) is not None]
+    if asked and isinstance(rating, Features) and not part.signed:
+        raise call.refuse(asked[0], "this score is known only up to a term of the query")

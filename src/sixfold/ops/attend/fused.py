@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from sixfold.contracts import Features, Visibility
 from sixfold.ops.attend.features import equal_widths
@@ -23,11 +23,13 @@ def attend(features: Features, value: Tensor, visibility: Visibility, dropout: f
     width = value.shape[-1]
     query, key, value = equal_widths(query, key, value)
     n, m = query.shape[-2], key.shape[-2]
-    # the kernels align causality upper-left: theirs equals ours only for a square without a mask
-    square = False
-    # a branch, because under a compiler n == m may be symbolic and the kernel wants a plain bool
-    if visibility.is_causal and visibility.mask is None and n == m:
-        square = True
+    # the kernels align causality upper-left: theirs equals ours only for a square without a mask,
+    # and some empty queries before the first cost less than a mask
+    square, empty = False, 0
+    # a branch, because under a compiler the sizes may be symbolic and the kernel wants a plain bool
+    if visibility.is_causal and visibility.mask is None and n <= m <= n + n // 4:
+        square, empty = True, m - n
+        query = pad(query, (0, 0, empty, 0)) if empty else query
     mask = None if square else visible(visibility, n, m, query.device)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(query.dtype)
@@ -45,5 +47,5 @@ def attend(features: Features, value: Tensor, visibility: Visibility, dropout: f
         )
         out = out.masked_fill(lost.isnan(), float("nan"))
     # kernels differ on rows that see nothing (zero or NaN by version and device): decide here
-    out = out[..., :width]
+    out = out[:, :, empty:, :width]
     return out if mask is None else out.masked_fill(blind_rows(mask), 0.0)
