@@ -4,8 +4,8 @@ Rows go to results/scores.csv: loss on the whole validation split after 600 step
 half width of its 95 % interval, on tiny Shakespeare and on WikiText-2 text (characters; trained on the
 first nine tenths of its validation file, measured on the last: its training split is not at hand); and
 the largest learning rate of a doubling ladder at which 200 steps still end below a unigram model.
-Two layers of width 64, eight heads of 8, learned positions: not every score bears rotation. Beliefs
-take their larger projections out of the feed-forward part. Resumable: finished runs are kept.
+Two layers of width 64, eight heads of 8, learned positions (not every score bears rotation; dot is also
+run with rotation in their place, beside frames of positions, which rotate too). Beliefs take their larger projections out of the feed-forward part. Resumable: finished runs are kept.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ DIAGONAL = ("kl_diagonal", "jeffreys", "wasserstein2")
 def cases() -> dict[str, tuple[str, ...]]:
     """Name of a case to its overrides."""
     found = {name: (f"attention.score={name}",) for name in POINTS}
+    # frames of positions turn with the distance of two tokens: what they have to be compared with
+    found["dot, rope"] = ("attention.score=dot", "model.positions=rotary")
     for name in DIAGONAL:
         found[name] = (
             f"attention.score={name}", "attention.projection=gaussian_diagonal", "model.mlp_ratio=3.0",
