@@ -5,7 +5,8 @@ half width of its 95 % interval, on tiny Shakespeare and on WikiText-2 text (cha
 first nine tenths of its validation file, measured on the last: its training split is not at hand); and
 the largest learning rate of a doubling ladder at which 200 steps still end below a unigram model.
 Two layers of width 64, eight heads of 8, learned positions (not every score bears rotation; dot is also
-run with rotation in their place, beside frames of positions, which rotate too). Beliefs take their larger projections out of the feed-forward part. Resumable: finished runs are kept.
+run with rotation, for frames of positions rotate too). Beliefs take their larger projections out of the
+feed-forward part. Resumable: finished runs are kept.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def cases() -> dict[str, tuple[str, ...]]:
     found = {name: (f"attention.score={name}",) for name in POINTS}
     # frames of positions turn with the distance of two tokens: what they have to be compared with
     found["dot, rope"] = ("attention.score=dot", "model.positions=rotary")
+    found["dot, rope and learned"] = ("attention.score=dot", "attention.rope_theta=1e4")
     for name in DIAGONAL:
         found[name] = (
             f"attention.score={name}", "attention.projection=gaussian_diagonal", "model.mlp_ratio=3.0",
@@ -126,7 +128,7 @@ def largest_rate(case: str, bound: float, seed: int, runs: Path) -> float:
     for rate in LADDER:
         overrides = (
             *cases()[case], *steps, f"train.seed={seed}", f"optimizer.learning_rate={rate}",
-            f"optimizer.final_learning_rate={rate}", "optimizer.warmup=10", "train.clip_norm=null",
+            f"optimizer.final_learning_rate={rate}", "optimizer.warmup=10", "train.clip_norm=none",
         )  # fmt: skip
         try:
             loss, *_ = trained(label(case, f"rate{rate}", f"seed{seed}"), overrides, runs)
