@@ -74,6 +74,43 @@ def test_gradients_are_those_of_the_materialized_weights(make, tokens, name):
     torch.testing.assert_close(found, slope, rtol=1e-6, atol=1e-8)
 
 
+class Adapted(torch.nn.Module):
+    """A linear layer and a learned addition, as an adapter puts in its place."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.added = layer, torch.nn.Parameter(torch.randn_like(layer.weight))
+
+    @property
+    def weight(self):
+        return self.layer.weight
+
+    def forward(self, x):
+        return self.layer(x) + x @ self.added.T
+
+
+@pytest.mark.parametrize("name", ["linear", "coordinate"])
+@pytest.mark.parametrize("kv_heads", [7, 1])
+def test_an_adapter_in_place_of_the_weights_is_heard(make, tokens, name, kv_heads):
+    layer = make({"projection": name}, num_kv_heads=kv_heads)
+    place = "qkv" if name == "linear" else "base"
+    plain = getattr(layer.projection, place)
+    adapted = Adapted(plain)
+    x, context = tokens(2, 5), tokens(2, 6, seed=1)
+    setattr(layer.projection, place, adapted)
+    for source in (x, context):
+        found = layer.projection(x, source, EVERYTHING, None)
+        merged = make({"projection": name}, num_kv_heads=kv_heads)
+        merged.load_state_dict({k.replace(f"{place}.layer.", f"{place}."): v for k, v in layer.state_dict().items() if "added" not in k})  # fmt: skip
+        with torch.no_grad():
+            getattr(merged.projection, place).weight += adapted.added
+        expected = merged.projection(x, source, EVERYTHING, None)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, **CLOSE)
+        gradient = torch.autograd.grad(sum(part.sum() for part in found), adapted.added)[0]
+        assert (gradient != 0).all()
+
+
 def written(writer, tokens, summary):
     """W_h(s) x by the formula, one batch row, token and head at a time."""
     batch, n, _ = tokens.shape

@@ -295,6 +295,20 @@ def test_every_part_comes_back_from_a_folder_to_the_bit(kind, name, tmp_path):
     assert all(torch.equal(own[name], read[name]) for name in own)
 
 
+@pytest.mark.parametrize("score", ["dot", "l2_squared", "l1"])
+def test_a_clip_comes_back_from_a_folder_to_the_bit(score, tmp_path):
+    model, tokens = lm_of(score=score, positions="learned"), tokens_of(2, 8)
+    before = model(tokens).logits.detach()
+    for block in model.model.blocks:
+        block.attention.scale_head_(0, -3)
+    clipped = model(tokens).logits
+    assert (clipped - before).abs().max() > 1e-3
+    model.save_pretrained(tmp_path)
+    loaded = SixfoldForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    assert [b.attention.score.power.tolist() for b in loaded.model.blocks] == [[-3, 0, 0, 0]] * 2
+    assert torch.equal(loaded(tokens).logits, clipped)
+
+
 def test_a_folder_holds_safetensors_with_each_weight_once(tmp_path):
     from safetensors.torch import load_file
 
@@ -651,6 +665,8 @@ def test_fast_tokenizers_refuse_what_they_cannot_say():
         ("hexagonal", ["output", "mlp.0", "mlp.2"]),
         ("hypernetwork", ["bank"]),
         ("linear", ["qkv"]),
+        ("hexagonal", ["base"]),
+        ("hexagonal", ["base", "network.0", "network.2"]),
     ],
 )
 def test_lora_adapts_saves_and_merges(attention, targets, tmp_path):

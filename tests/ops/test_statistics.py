@@ -233,3 +233,33 @@ def test_large_logits_keep_their_digits():
     expected = statistics(seen._replace(rating=rating), impl="reference")
     torch.testing.assert_close(found.entropy, expected.entropy, rtol=0, atol=1e-4)
     assert (statistics(seen._replace(rating=rating), impl="fused").entropy >= 0).all()
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("impl", ["reference", "tiled"])
+def test_logits_that_overflow_are_no_mask(impl, is_causal, signed):
+    """One head's rate is huge: NaN there, and what the mask hides sees nothing as before."""
+    points = torch.randn(2, 4, 6, 8) * 100
+    mask = torch.ones(6, 6, dtype=torch.bool)
+    mask[2] = False
+    rate = torch.tensor([1.0, 3e38, 1.0, 1.0])
+    for hidden in (mask, torch.zeros(6, 6).masked_fill(~mask, -INF)):
+        rating = Distances(points, points + 1, rate, 1.0)
+        seen = Observation(rating, Visibility(hidden, is_causal), signed=signed)
+        found = statistics(seen, impl=impl, largest=True)
+        entropy, received, lse, largest = found
+        whole = [0, 2, 3]
+        assert all(part[:, whole].isfinite().all() for part in (entropy, received, largest))
+        assert (entropy[:, :, 2] == 0).all()
+        assert lse[:, :, 2].isneginf().all()
+        others = [0, 1, 3, 4, 5]
+        assert entropy[:, 1, others].isnan().all()
+        assert lse[:, 1, others].isnan().all()
+        assert received[:, 1].isnan().any(-1).all()
+        assert largest[:, 1].isnan().all()
+        top, share = head_statistics(seen)
+        assert top[whole].isfinite().all()
+        assert share[whole].isfinite().all()
+        assert top[1].isnan()
+        assert share[1].isnan()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sixfold.attention.projection.linear import project, split_weight
+from sixfold.attention.projection.linear import called, project, split_weight
 from sixfold.contracts import Cache, Emission, Heads, Visibility
 from sixfold.geometry.hexgrid import HexGrid
 
@@ -71,7 +71,11 @@ class CoordinateProjection(nn.Module):
         cache: Cache | None,  # noqa: ARG002
     ) -> Emission:
         """Project x (b, n, d_model) and context (b, m, d_model)."""
-        return project(x, context, self.weight(), None, self.heads)
+        if type(self.base) is nn.Linear:
+            return project(x, context, self.weight(), None, self.heads)
+        base = called(self.base, x, context, self.heads)
+        shift = project(x, context, self.weight() - self.base.weight, None, self.heads)
+        return Emission(*(one + other for one, other in zip(base, shift, strict=True)))
 
     def gradients(self) -> dict[str, Tensor] | None:
         """Gradients of the base weights by role."""

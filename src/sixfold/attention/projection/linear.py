@@ -28,6 +28,15 @@ def project(
     return Emission(*(split_heads(part, heads.head_dim) for part in parts))
 
 
+def called(module: nn.Module, x: Tensor, context: Tensor, heads: Heads) -> Emission:
+    """Apply a module in the place of fused weights: an adapter, as LoRA's, must be heard."""
+    own = module(x)
+    other = own if context is x else module(context)
+    queries = heads.num_heads * heads.head_dim
+    flat = (own[..., :queries], *other[..., queries:].chunk(2, dim=-1))
+    return Emission(*(split_heads(part, heads.head_dim) for part in flat))
+
+
 def split_weight(weight: Tensor, heads: Heads) -> dict[str, Tensor]:
     """Fused rows as q (h, d, d_model), k and v (h_kv, d, d_model)."""
     sizes = [heads.num_heads, heads.num_kv_heads, heads.num_kv_heads]
@@ -59,12 +68,7 @@ class LinearProjection(nn.Module):
         """Project x (b, n, d_model) and context (b, m, d_model)."""
         if context is not x and type(self.qkv) is nn.Linear:
             return project(x, context, self.qkv.weight, self.qkv.bias, self.heads)
-        # called as a module: an adapter that took its place, as LoRA does, must be heard
-        own = self.qkv(x)
-        other = own if context is x else self.qkv(context)
-        queries = self.heads.num_heads * self.heads.head_dim
-        flat = (own[..., :queries], *other[..., queries:].chunk(2, dim=-1))
-        return Emission(*(split_heads(part, self.heads.head_dim) for part in flat))
+        return called(self.qkv, x, context, self.heads)
 
     def materialize(self) -> dict[str, Tensor]:
         """Plain weights by role, views of the fused matrix."""

@@ -26,7 +26,10 @@ def moments(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Jeffreys(DiagonalKL):
-    """Negative symmetric divergence of two beliefs, times a rate."""
+    """Negative symmetric divergence of two beliefs, times a rate.
+
+    float16 needs every feature, such as s_j^2 + m_j^2 and 1 / s_j^2, below 65504: NaN beyond.
+    """
 
     def keys(self, key: Belief) -> Tensor:
         """Both kinds of parameters, and the key's own term."""

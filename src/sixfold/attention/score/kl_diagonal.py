@@ -19,7 +19,11 @@ from sixfold.ops.precision import exact, wide
 
 
 class DiagonalKL(Centred):
-    """Negative divergence from the query's belief to the key's, times a rate."""
+    """Negative divergence from the query's belief to the key's, times a rate.
+
+    float16 needs every feature, such as rate (s_i^2 + m_i^2) / 2 and 1 / s_j^2, below 65504: NaN
+    beyond.
+    """
 
     schema = "diagonal belief"
 

@@ -17,7 +17,10 @@ from sixfold.ops.precision import exact, wide
 
 
 class SquaredL2(Centred):
-    """Negative squared distance times a rate; 1 / (2 sqrt(d)) keeps the dot product inside it."""
+    """Negative squared distance times a rate; 1 / (2 sqrt(d)) keeps the dot product inside it.
+
+    float16 needs |k|^2 / 2 and 2 rate |q| below 65504, relative to the centre: NaN beyond.
+    """
 
     rotation_invariant = True
 

@@ -18,7 +18,10 @@ from sixfold.ops.precision import exact, wide
 
 
 class Wasserstein2(DiagonalKL):
-    """Negative squared transport distance of two beliefs, times a rate."""
+    """Negative squared transport distance of two beliefs, times a rate.
+
+    float16 needs (|m_j|^2 + |s_j|^2) / 2 and 2 rate [m_i, s_i] below 65504: NaN beyond.
+    """
 
     def keys(self, key: Belief) -> Tensor:
         """Centred means, deviations, and half their squared norm, negative."""

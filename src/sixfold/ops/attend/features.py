@@ -40,7 +40,11 @@ def lift_queries(vectors: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 def _filled(parts: list[Tensor]) -> Tensor:
     missing = -sum(part.shape[-1] for part in parts) % MULTIPLE
     zeros = parts[0].new_zeros(()).expand(*parts[0].shape[:-1], missing)
-    return torch.cat([*parts, zeros], dim=-1)
+    features = torch.cat([*parts, zeros], dim=-1)
+    if features.dtype == torch.float16:
+        # inf - inf is NaN: what float16 cannot hold must not look like a key that is masked
+        features = features + (features - features).detach()
+    return features
 
 
 def equal_widths(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -54,10 +54,23 @@ def logits(rating: Rating, visibility: Visibility, distance: Metric = distance) 
     return masked(scores, visible(visibility, query.shape[-2], key.shape[-2], query.device))
 
 
+def unseeing(scores: Tensor, visibility: Visibility) -> Tensor:
+    """Rows (b, h, n, 1) that see no key: logits of -inf that a mask made, not an overflow."""
+    mask = visible(visibility, *scores.shape[-2:], scores.device)
+    if mask is None:
+        return torch.zeros_like(scores[..., :1], dtype=torch.bool)
+    # the least of a narrow dtype is meant to hide, and added to a logit may overflow
+    hidden = ~mask if mask.dtype == torch.bool else mask <= torch.finfo(scores.dtype).min
+    return scores.isneginf().all(-1, keepdim=True) & hidden.all(-1, keepdim=True)
+
+
 def weights(rating: Rating, visibility: Visibility) -> Tensor:
-    """Softmax of the logits over keys; a row that sees nothing is exactly zero. (b, h, n, m)."""
+    """Softmax of the logits over keys; a row that sees nothing is exactly zero. (b, h, n, m).
+
+    NaN where every logit that a row sees overflows to -inf.
+    """
     scores = logits(rating, visibility)
-    blind = scores.isneginf().all(-1, keepdim=True)
+    blind = unseeing(scores, visibility)
     return scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
 
 

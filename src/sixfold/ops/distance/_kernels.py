@@ -207,8 +207,9 @@ def distance_kernel(kind: int) -> Any:  # noqa: C901 - kinds are cases of one lo
                     total = row[j]
                     far = raised(total, one / p)
                     scale[j] = total
-                    # one step of Newton: the rounding of 1 / p grows with the logarithm of total
-                    row[j] = far - far * (term(far, one, p, kind) - total) / (p * total)
+                    # one step of Newton: the rounding of 1 / p grows with the logarithm of total;
+                    # the quotient first, as far times total may overflow
+                    row[j] = far - far * ((term(far, one, p, kind) - total) / (p * total))
             if kind > 2:
                 for j in range(m):
                     if not few < scale[j] < many:

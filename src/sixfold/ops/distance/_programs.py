@@ -133,6 +133,16 @@ def attend(  # noqa: PLR0913 - a program takes plain numbers
         summed = summed * shrink[:, None] + tl.dot(weights, values, input_precision="ieee")
         top = new
     blind = total == 0.0
+    if tl.max(tl.where(blind & (i < n), 1, 0), 0) == 1:
+        # logits that overflow are no mask: a broken model must not look alive
+        seen = tl.zeros([ROWS], tl.int32)
+        for start in range(0, end, KEYS):
+            j = start + tl.arange(0, KEYS)
+            alike = tl.zeros([ROWS, KEYS], tl.float32)
+            scores = logits(alike, 0.0, mask, i, j, n, m, at_i, at_j, MASK, CAUSAL)
+            seen = tl.maximum(seen, tl.max(tl.where(scores == float("-inf"), 0, 1), 1))
+        total = tl.where(blind & (seen == 1), float("nan"), total)
+        blind = total == 0.0
     whole = tl.where(blind, 1.0, total)
     cells = out + (g * n + i[:, None]) * width + column[None, :]
     held = (i[:, None] < n) & (column[None, :] < width)

@@ -89,9 +89,8 @@ def pull(x: Tensor, y: Tensor, force: Tensor, apart: Tensor, p: float) -> Tensor
 def attend(rating: Distances, value: Tensor, visibility: Visibility, dropout: float) -> Tensor:
     """Same as the reference, in tiles on the CPU, at the speed of its vector units.
 
-    Differentiable once, memory linear in n and m. Raises as the reference does,
-    ModuleNotFoundError naming the extra where Numba is missing, and ValueError for a tensor on
-    another device.
+    Differentiable once, memory linear in n and m. Raises as ``tiled`` does, ModuleNotFoundError
+    naming the extra where Numba is missing, and ValueError for a tensor on another device.
     """
     if rating.query.device.type != "cpu":
         raise ValueError(f"impl 'numba' runs on the CPU, got query on {rating.query.device}")

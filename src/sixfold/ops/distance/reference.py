@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import TransformType, retrieve_all_functorch_interpreters
+from torch.autograd.forward_ad import unpack_dual
 
 from sixfold.contracts import Distances, Visibility
 from sixfold.ops.attend import reference
@@ -34,6 +36,30 @@ def check(rating: Distances, value: Tensor) -> None:
             f"key heads {key.shape[1]} and value heads {value.shape[1]} must divide the "
             f"{query.shape[1]} query heads"
         )
+
+
+def once(impl: str) -> RuntimeError:
+    """What an implementation with one backward pass says to every other derivative."""
+    return RuntimeError(
+        f"impl {impl!r} can be differentiated once, backward: impl='reference' serves second and "
+        "forward derivatives and torch.func"
+    )
+
+
+def check_transforms(impl: str, rating: Distances, value: Tensor, *, vmap: bool) -> None:
+    """Raise RuntimeError under transforms that `impl` does not serve; `vmap` is one it may serve.
+
+    An operator that has only a backward pass gives forward derivatives of zero, silently.
+    """
+    for tensor in (rating.query, rating.key, rating.rate, value):
+        if unpack_dual(tensor).tangent is not None:
+            raise once(impl)
+    if torch.compiler.is_compiling():
+        return
+    levels = {level.key() for level in retrieve_all_functorch_interpreters()}
+    refused = {TransformType.Grad, TransformType.Jvp, *(() if vmap else (TransformType.Vmap,))}
+    if levels & refused:
+        raise once(impl)
 
 
 def attend(rating: Distances, value: Tensor, visibility: Visibility, dropout: float) -> Tensor:

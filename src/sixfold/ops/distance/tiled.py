@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sixfold.contracts import Distances, Visibility
-from sixfold.ops.distance.reference import check
+from sixfold.ops.distance.reference import check, check_transforms, once
 from sixfold.ops.precision import exact
 
 ROWS = 128
@@ -87,6 +87,16 @@ def tile_logits(
     return scores
 
 
+def sighted(rows: slice, like: Tensor, mask: Tensor | None, plan: Plan, m: int, n: int) -> Tensor:
+    """Which of these rows see a key, (g, rows, 1), whatever their logits are."""
+    seen = torch.zeros_like(like, dtype=torch.bool)
+    for keys in seen_keys(rows, n, m, is_causal=plan.is_causal):
+        alike = like.new_zeros(len(like), like.shape[1], keys.stop - keys.start)
+        cells = tile_logits(alike, like.new_zeros(()), mask, plan, (rows, keys, m - n))
+        seen |= ~cells.isneginf().all(-1, keepdim=True)
+    return seen
+
+
 def kept(like: Tensor, plan: Plan, rows: slice, keys: slice) -> Tensor:
     """0 for a dropped weight, 1 / (1 - dropout) for a kept one: the same on every call."""
     generator = torch.Generator(like.device)
@@ -129,6 +139,11 @@ def attention(  # noqa: PLR0913 - an operator takes plain values
                 weights.mul_(kept(weights, plan, rows, keys))
             summed.mul_(shrink).baddbmm_(weights, value[:, keys])
         blind = total == 0
+        if blind.any():
+            # logits that overflow are no mask: a broken model must not look alive
+            lost = blind & sighted(rows, total, mask, plan, m, n)
+            total.masked_fill_(lost, math.nan)
+            blind &= ~lost
         total.masked_fill_(blind, 1.0)
         out[:, rows] = summed / total
         # exp(logit - inf) is 0: a blind row has no weights in the backward pass either
@@ -202,14 +217,16 @@ def _backward(ctx: Any, grad: Tensor, grad_norm: Tensor) -> tuple[Any, ...]:  # 
     return (*found[:4], found[4] if of_mask else None, *[None] * 6)
 
 
+def _name(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001
+    ctx.impl = inputs[8]
+
+
 def _twice(ctx: Any, *grads: Tensor) -> None:  # noqa: ARG001
-    raise RuntimeError(
-        "attention in tiles can be differentiated once: use impl='reference' for second derivatives"
-    )
+    raise once(ctx.impl)
 
 
 attention.register_autograd(_backward, setup_context=_keep)
-attention_backward.register_autograd(_twice)
+attention_backward.register_autograd(_twice, setup_context=_name)
 
 
 def attend_by(
@@ -217,6 +234,7 @@ def attend_by(
 ) -> Tensor:
     """The tiled loop with the primitives of `metric`; half precision is computed in float32."""
     check(rating, value)
+    check_transforms(metric, rating, value, vmap=True)
     query, key, rate, p = rating
     batch, heads = query.shape[:2]
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -280,7 +298,7 @@ def attend(rating: Distances, value: Tensor, visibility: Visibility, dropout: fl
     """Same as the reference, without ever holding a weight longer than its tile.
 
     Differentiable once, memory linear in n and m. Raises as the reference does, and RuntimeError
-    on a second differentiation.
+    naming itself for a second derivative, a forward one and those of torch.func.
     """
     return attend_by("tiled", rating, value, visibility, dropout)
 

@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sixfold.contracts import Distances, Visibility
-from sixfold.ops.distance.reference import check
+from sixfold.ops.distance.reference import check, check_transforms, once
 
 BLOCK = 32
 """Queries, and keys, of a tile."""
@@ -92,38 +91,55 @@ class TritonAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of query, key, value, rate and, where asked for, a float mask."""
-        query, key, value, rate, mask, out, lse = ctx.saved_tensors
+        return *TritonPull.apply(
+            grad, *ctx.saved_tensors, ctx.launch, ctx.needs_input_grad[4]
+        ), None
+
+
+class TritonPull(torch.autograd.Function):
+    """The gradients of `TritonAttention`, of which there are none."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0913 - all that was saved
+        ctx: Any, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, rate: Tensor,  # noqa: ARG004
+        mask: Tensor | None, out: Tensor, lse: Tensor, launch: Launch, wanted: bool,  # noqa: FBT001
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        """Gradients of query, key, value, rate and, if `wanted`, of a float mask."""
         (g, d, n), m = query.shape, key.shape[2]
         grad = grad.contiguous()
         mean = (grad * out).sum(-1)
-        wanted = ctx.needs_input_grad[4]
         # the gradient of a mask is as large as the mask; only then is a matrix held
         flows = query.new_zeros(g, n, m) if wanted else rate
         grad_query, grad_key = query.new_empty(g, n, d), key.new_empty(g, m, d)
         grad_value, rated = torch.empty_like(value), query.new_empty(g, n)
         given = (query, key, value, rate, cells(mask, rate), lse, mean, grad)
-        common = arguments(query, value, mask, ctx.launch) | {"FEATURES": block_of(d)}
+        common = arguments(query, value, mask, launch) | {"FEATURES": block_of(d)}
         programs().pull_queries[(-(-n // BLOCK), g)](
             *given, grad_query, rated, flows, FLOWS=wanted, **common
         )
         programs().pull_keys[(-(-m // BLOCK), g)](*given, grad_key, grad_value, **common)
         grad_mask = None
         if wanted:
-            grad_mask = flows.unflatten(0, ctx.launch.heads).sum_to_size(mask.shape)
-        return grad_query.mT, grad_key.mT, grad_value, rated.sum(1), grad_mask, None
+            grad_mask = flows.unflatten(0, launch.heads).sum_to_size(mask.shape)
+        return grad_query.mT, grad_key.mT, grad_value, rated.sum(1), grad_mask
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:  # noqa: ARG004
+        """Raise RuntimeError by name."""
+        raise once("triton")
 
 
 def attend(rating: Distances, value: Tensor, visibility: Visibility, dropout: float) -> Tensor:
     """Same as the reference, in float32 tiles on a GPU (under TRITON_INTERPRET=1, anywhere).
 
-    Differentiable once, memory linear in n and m. Raises as the reference does; ValueError for
-    dropout and for tensors that are not on a GPU; TypeError for float64; ModuleNotFoundError where
-    Triton is missing.
+    Differentiable once, memory linear in n and m. Raises as ``tiled`` does; ValueError for dropout
+    and for tensors that are not on a GPU; TypeError for float64; ModuleNotFoundError where Triton
+    is missing.
     """
     check(rating, value)
+    check_transforms("triton", rating, value, vmap=False)
     query, key, rate, p = rating
     if dropout:
         raise ValueError(f"impl 'triton' has no dropout, got {dropout}: use 'tiled' or 'reference'")

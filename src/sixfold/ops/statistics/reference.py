@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from sixfold.contracts import Observation, Rating, Statistics
-from sixfold.ops.attend.reference import logits
+from sixfold.ops.attend.reference import logits, unseeing
 from sixfold.ops.precision import exact
 
 
@@ -16,24 +18,27 @@ def widened(rating: Rating) -> Rating:
     return rating._replace(query=rating.query.to(kind), key=rating.key.to(kind))
 
 
-def reduce(scores: Tensor, *, signed: bool) -> Statistics:
-    """All statistics of explicit logits (b, h, n, m), -inf where a query does not see a key."""
+def reduce(scores: Tensor, blind: Tensor, *, signed: bool) -> Statistics:
+    """All statistics of explicit logits (b, h, n, m), -inf where a query does not see a key.
+
+    NaN for a query that is not `blind` (b, h, n) and has no logit above -inf.
+    """
     seen = ~scores.isneginf()
-    blind = ~seen.any(-1)
     lse = scores.masked_fill(blind[..., None], 0.0).logsumexp(-1)
+    lse = lse.masked_fill(lse.isneginf(), math.nan)
     log_p = scores - lse[..., None]
     weights = log_p.exp()
     # 0 log 0 is 0: what is not seen adds nothing
     entropy = -(weights * log_p.masked_fill(~seen, 0.0)).sum(-1)
     largest = scores.amax(-1)
     if not signed:
-        least = scores.masked_fill(~seen, float("inf")).amin(-1)
-        largest = (largest - least).masked_fill(blind, float("-inf"))
+        least = scores.masked_fill(~seen, math.inf).amin(-1)
+        largest = (largest - least).masked_fill(blind, -math.inf)
     return Statistics(
         entropy.masked_fill(blind, 0.0),
         weights.sum(-2),
-        lse.masked_fill(blind, float("-inf")),
-        largest.amax(-1),
+        lse.masked_fill(blind, -math.inf),
+        largest.masked_fill(lse.isnan(), math.nan).amax(-1),
     )
 
 
@@ -41,5 +46,6 @@ def statistics(observation: Observation, *, largest: bool = True) -> Statistics:
     """Statistics of all queries and keys; holds b h n m numbers."""
     with exact(observation.rating.query):
         scores = logits(widened(observation.rating), observation.visibility)
-    found = reduce(scores, signed=observation.signed)
+    blind = unseeing(scores, observation.visibility)[..., 0]
+    found = reduce(scores, blind, signed=observation.signed)
     return found if largest else found._replace(largest=None)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sixfold.contracts import Observation, Visibility
-from sixfold.ops.attend.reference import logits, restrict
+from sixfold.ops.attend.reference import logits, restrict, unseeing
 from sixfold.ops.precision import exact
 
 QUERIES = 64
@@ -44,24 +44,26 @@ def head_statistics(observation: Observation) -> tuple[Tensor, Tensor]:
     the largest difference between two logits of one query.
 
     entropy = mean over queries of -sum_j p_j log p_j / log(visible keys), over the queries that see
-    at least two keys; 0 is one key, 1 is all alike. Differentiable. The queries are those of
-    `sampled`; pass one of its results to measure them.
+    at least two keys; 0 is one key, 1 is all alike, and NaN where all that a query sees is -inf.
+    Differentiable. The queries are those of `sampled`; pass one of its results to measure them.
     """
     rating = observation.rating
     with exact(rating.query):
         whole = rating._replace(query=rating.query.float(), key=rating.key.float())
         scores = logits(whole, observation.visibility)
+    blind = unseeing(scores, observation.visibility)[..., 0]
     seen = ~scores.isneginf()
     count = seen.sum(-1)
+    lost = ~blind & (count == 0)
     largest = scores.amax(-1)
     if not observation.signed:
         # a query that sees nothing has no range: inf - inf is kept out of the maximum
         least = scores.masked_fill(~seen, float("inf")).amin(-1)
-        largest = (largest - least).masked_fill(count == 0, 0.0)
-    largest = largest.amax(dim=(0, 2))
-    log_p = scores.masked_fill(count[..., None] == 0, 0.0).log_softmax(-1)
+        largest = (largest - least).masked_fill(blind, 0.0)
+    largest = largest.masked_fill(lost, math.nan).amax(dim=(0, 2))
+    log_p = scores.masked_fill(blind[..., None], 0.0).log_softmax(-1)
     entropy = -(log_p.exp() * log_p.masked_fill(~seen, 0.0)).sum(-1)
-    several = count > 1
+    several = (count > 1) | lost
     share = torch.where(several, entropy / count.clamp(min=2).log(), 0.0)
     return largest, share.sum(dim=(0, 2)) / several.sum(dim=(0, 2)).clamp(min=1)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sixfold.contracts import Observation, Statistics
 from sixfold.ops.attend.choose import NUMBA
-from sixfold.ops.attend.reference import logits
+from sixfold.ops.attend.reference import logits, unseeing
 from sixfold.ops.distance.tiled import METRICS
 from sixfold.ops.precision import exact
 from sixfold.ops.statistics.reference import reduce, widened
@@ -35,7 +35,8 @@ def statistics(observation: Observation, *, largest: bool = True) -> Statistics:
         for rows in places.split(ROWS):
             few = at(whole, rows)
             scores = logits(few.rating, few.visibility, distance)
-            parts.append(reduce(scores, signed=observation.signed))
+            blind = unseeing(scores, few.visibility)[..., 0]
+            parts.append(reduce(scores, blind, signed=observation.signed))
     entropy, received, lse, top = zip(*parts, strict=True)
     return Statistics(
         torch.cat(entropy, -1),
