@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sixfold.geometry.frames import ALGEBRAS, bounded, cayley, dimension, element, powers
+from sixfold.geometry.frames import ALGEBRAS, NEAR, bounded, cayley, dimension, element, powers
 from sixfold.geometry.gaussian import triangle
 
 EXACT = {"rtol": 0, "atol": 1e-12}
@@ -15,9 +15,13 @@ def elements(algebra, d=4, count=3):
 
 
 @pytest.mark.parametrize("algebra", ALGEBRAS)
-@pytest.mark.parametrize(("start", "length"), [(0, 1), (0, 16), (3, 17), (5, 1), (0, 50)])
+@pytest.mark.parametrize(
+    ("start", "length"), [(0, 1), (0, 16), (3, 17), (5, 1), (0, 50), (7, 1100)]
+)
 def test_powers_are_matrix_exponentials(algebra, start, length):
     generator = 0.05 * elements(algebra)
+    if length > NEAR**2:
+        generator = generator / 50
     found = powers(generator, start, length)
     expected = torch.stack(
         [torch.matrix_exp(i * generator) for i in range(start, start + length)], 1
@@ -29,6 +33,17 @@ def test_two_positions_differ_by_their_distance_alone():
     table = powers(elements("so"), 0, 12)
     one = table[:, 7] @ table[:, 4].mT
     torch.testing.assert_close(one, table[:, 11] @ table[:, 8].mT, **EXACT)
+
+
+@pytest.mark.parametrize("position", [0, 1000, 100_000, 10_000_000])
+def test_rotations_stay_rotations_far_from_the_start(position):
+    generator = 0.3 * elements("so").float()
+    found = powers(generator, position, 40)
+    eye = torch.eye(4).expand_as(found)
+    torch.testing.assert_close(found @ found.mT, eye, rtol=0, atol=2e-6)
+    expected = torch.matrix_exp((position + 39) * generator.double())
+    atol = 1e-6 + 1e-13 * position
+    torch.testing.assert_close(found[:, -1].double(), expected, rtol=0, atol=atol)
 
 
 def test_so_gives_rotations():

@@ -13,7 +13,7 @@ from sixfold.discover import unknown
 from sixfold.geometry.gaussian import triangle
 
 ALGEBRAS = ("so", "gl")
-NEAR = 32
+NEAR = 32  # a power of two
 LARGEST_NORM = 1.0  # of a gl(d) element under `cayley`: it must keep clear of the pole at 2
 
 
@@ -46,20 +46,43 @@ def powers(generator: Tensor, start: int, length: int) -> Tensor:
     """exp(i A) for i in start .. start + length - 1: A (..., d, d) to (..., length, d, d).
 
     A matrix-valued rotary embedding: frames of two positions differ by exp((i - j) A), whatever
-    i is. An exponential for every `NEAR` positions and `NEAR` for those between, and the products
-    of the pairs, which cost a small fraction of as many exponentials.
+    i is. Every `NEAR`-th power times the `NEAR` first ones, in one product. Both are found in
+    float64: a rotation by thousands of turns keeps no digit more than its angle has. The positions
+    lie side by side in memory, see `lanes`.
 
     >>> turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]])
     >>> round(powers(turn, 2, 2)[1, 1, 0].item(), 4)  # sin 3
     0.1411
     """
-    far = (length + NEAR - 1) // NEAR
-    steps = torch.arange(NEAR, device=generator.device)
-    ends = start + NEAR * torch.arange(far, device=generator.device)
-    exponents = torch.cat([ends, steps]).to(generator.dtype)[:, None, None]
-    ends, steps = torch.matrix_exp(exponents * generator[..., None, :, :]).split([far, NEAR], -3)
-    pairs = ends[..., :, None, :, :] @ steps[..., None, :, :, :]
-    return pairs.flatten(-4, -3)[..., :length, :, :]
+    d = generator.shape[-1]
+    ends, steps = (
+        table.to(generator.dtype) for table in _tables(generator.double(), start, length)
+    )
+    tall, broad = ends.flatten(-3, -2), steps.movedim(-3, -1).flatten(-2)
+    pairs = (tall @ broad).unflatten(-2, (-1, d)).unflatten(-1, (d, NEAR))
+    by_entry = pairs.movedim((-3, -2), (0, 1)).flatten(-2)[..., :length]
+    return by_entry.contiguous().movedim((0, 1), (-2, -1))
+
+
+def _tables(generator: Tensor, start: int, length: int) -> tuple[Tensor, Tensor]:
+    """Powers start, start + NEAR, .. (..., far, d, d) and 0 .. NEAR - 1 (..., NEAR, d, d)."""
+    tops = torch.arange((length + NEAR**2 - 1) // NEAR**2, device=generator.device)
+    exponents = torch.cat([tops.new_ones(1), start + NEAR**2 * tops]).to(generator.dtype)
+    # the exponential asks for contiguous matrices
+    found = torch.matrix_exp(exponents[:, None, None] * generator.contiguous()[..., None, :, :])
+    steps, last = _doubled(found[..., :1, :, :])
+    ends, _ = _doubled(last)
+    ends = (found[..., 1:, None, :, :] @ ends[..., None, :, :, :]).flatten(-4, -3)
+    return ends[..., : (length + NEAR - 1) // NEAR, :, :], steps
+
+
+def _doubled(power: Tensor) -> tuple[Tensor, Tensor]:
+    """Powers 0 .. NEAR - 1 of a matrix (..., 1, d, d), and its power NEAR."""
+    table = torch.eye(power.shape[-1], dtype=power.dtype, device=power.device).expand_as(power)
+    while table.shape[-3] < NEAR:
+        table = torch.cat([table, table @ power], dim=-3)
+        power = power @ power
+    return table, power
 
 
 def cayley(element: Tensor) -> Tensor:

@@ -6,14 +6,18 @@ import math
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
-from sixfold.attention.projection.linear import split_heads
 from sixfold.contracts import Belief, Cache, Emission, Heads, Visibility
 
 FLOOR = 0.05  # of a deviation: a precision beyond 400 has no digits left in half precision
 START = math.log(math.expm1(1 - FLOOR))  # softplus of this and the floor make 1
 QUIET = 0.1  # how much a fresh covariance varies beside a fresh mean
+
+
+def entries(tokens: Tensor, weight: Tensor, width: int) -> Tensor:
+    """W x by head, entry by entry: (width, b, h, n), where `lanes` want the tokens."""
+    flat = weight @ tokens.flatten(0, 1).mT
+    return flat.unflatten(0, (-1, width)).unflatten(-1, tokens.shape[:2]).permute(1, 2, 0, 3)
 
 
 class BeliefProjection(nn.Module):
@@ -59,12 +63,13 @@ class BeliefProjection(nn.Module):
             key = query
         else:
             key = self._belief(context, for_query if self.tied else for_key, past)
-        return Emission(query, key, split_heads(linear(context, for_value), self.heads.head_dim))
+        value = entries(context, for_value, self.heads.head_dim).movedim(0, -1)
+        return Emission(query, key, value)
 
     def _belief(self, tokens: Tensor, weight: Tensor, past: int) -> Belief:
-        flat = split_heads(linear(tokens, weight), self.width)
-        mean, raw = flat.split([self.heads.head_dim, self.width - self.heads.head_dim], dim=-1)
-        return self.framed(Belief(mean, self.shape(raw)), tokens, past)
+        mean, raw = entries(tokens, weight, self.width).tensor_split([self.heads.head_dim])
+        belief = Belief(mean.movedim(0, -1), self.shape(raw.movedim(0, -1)))
+        return self.framed(belief, tokens, past)
 
     def materialize(self) -> dict[str, Tensor]:
         """Weights of the means of queries and keys, and of the values, by role."""

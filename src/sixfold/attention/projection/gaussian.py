@@ -38,7 +38,8 @@ class GaussianProjection(BeliefProjection):
     def shape(self, raw: Tensor) -> Tensor:
         """Lower Cholesky factors (b, h, n, d, d) with a diagonal of at least FLOOR."""
         d = self.heads.head_dim
-        return triangle(FLOOR + softplus(raw[..., :d] + START), raw[..., d:])
+        scales, below = raw.movedim(-1, 0).tensor_split([d])
+        return triangle(FLOOR + softplus(scales + START).movedim(0, -1), below.movedim(0, -1))
 
     def framed(self, belief: Belief, tokens: Tensor, past: int) -> Belief:
         """With the frames of the tokens; query heads share those of their key head."""

@@ -18,20 +18,29 @@ from torch import Tensor
 from sixfold.attention.score._rated import Centred
 from sixfold.contracts import Belief, Features, Heads
 from sixfold.geometry.gaussian import half, log_det
+from sixfold.geometry.lanes import gram, product, solve
 from sixfold.ops.attend.features import lift_keys, lift_queries
 from sixfold.ops.precision import exact, wide
+
+
+def in_lanes(matrices: Tensor) -> Tensor:
+    """(b, h, n, d, k) to (d, k, t), which moves nothing where they lie so already."""
+    lanes = matrices.movedim((-2, -1), (0, 1)).flatten(2)
+    return lanes if lanes.stride(-1) == 1 else lanes.contiguous()
+
+
+def of_each(frame: Tensor, mean: Tensor) -> Tensor:
+    """The frame of each token of mean (b, h, n, d), in lanes."""
+    whole = wide(frame)[(None,) * (mean.ndim + 1 - frame.ndim)]
+    return in_lanes(whole.expand(*mean.shape, mean.shape[-1]))
 
 
 def move(frame: Tensor, vectors: Tensor) -> Tensor:
     """Each token's matrix (..., n, d, d) times its vector (b, h, n, d)."""
     with exact(vectors):
-        # a batched product of such small matrices takes five times as long, backward included
-        return torch.linalg.vecdot(wide(frame), wide(vectors)[..., None, :]).to(vectors.dtype)
-
-
-def beside(matrix: Tensor, vector: Tensor) -> Tensor:
-    """[matrix, vector], (..., d, d) and (..., d) to (..., d, d + 1): one product serves both."""
-    return torch.cat([matrix, vector[..., None]], dim=-1)
+        columns = in_lanes(wide(vectors)[..., None])
+        moved = product(of_each(frame, vectors), columns)[:, 0]
+        return moved.unflatten(-1, vectors.shape[:-1]).movedim(0, -1).to(vectors.dtype)
 
 
 class KL(Centred):
@@ -46,33 +55,36 @@ class KL(Centred):
     def keys(self, key: Belief) -> Tensor:
         """Natural parameters in the common frame, and the log-partition."""
         with exact(key.mean):
-            factor, mean = wide(key.factor), wide(key.mean)
-            frame = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-            if key.frame is not None:
-                frame = wide(key.frame)
+            factor, mean = in_lanes(wide(key.factor)), wide(key.mean)
             center = self.center.to(mean.dtype).expand_as(mean)
-            mean = mean - (center if key.frame is None else move(frame, center))
+            frame = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
+            if key.frame is not None:
+                frame, center = key.frame, move(key.frame, center)
             # L^-1 [U, m - U c] = [W, a] with W^T W = P and a^T a = (U^-1 m - c)^T P (U^-1 m - c)
-            sides = beside(frame.expand_as(factor), mean)
-            white = torch.linalg.solve_triangular(factor, sides, upper=False)
-            precision, pull = (white[..., :-1].mT @ white).split([factor.shape[-1], 1], dim=-1)
-            partition = white[..., -1].square().sum(-1) + log_det(factor, diagonal=False)
-            partition = partition - 2 * key.log_volume
-            vectors = torch.cat([half(precision), pull[..., 0]], dim=-1)
-            return lift_keys(vectors, partition, key.mean.dtype)
+            sides = torch.cat([of_each(frame, mean), in_lanes((mean - center)[..., None])], dim=1)
+            white = solve(factor, sides)
+            # half([W, a]^T [W, a]) = [half(P), a^T W, a^T a]
+            rows = gram(white.transpose(0, 1)).unflatten(0, mean.shape[:-1])
+            volume = log_det(factor.diagonal(), diagonal=True).unflatten(0, mean.shape[:-1])
+            partition = rows[..., -1] + volume - 2 * key.log_volume
+            return lift_keys(rows[..., :-1], partition, key.mean.dtype)
 
     def forward(self, query: Belief, keys: Tensor) -> Features:
         """Moments in the common frame against natural parameters."""
         dtype = query.mean.dtype
         with exact(query.mean):
-            # U^-1 [L, m], and [L, m] [L, m]^T = S + m m^T
-            sides, rate = beside(wide(query.factor), wide(query.mean)), self.rounded_rate(dtype)
+            mean, rate = wide(query.mean), self.rounded_rate(dtype)
+            root = in_lanes(wide(query.factor))
             if query.inverse is not None:
-                sides = wide(query.inverse) @ sides
-            sides = beside(sides[..., :-1], self.center_queries(sides[..., -1]))
-            second = half(sides @ sides.mT, weighted=True)
-            moments = torch.cat([-0.5 * second, sides[..., -1]], dim=-1)
-            return Features(lift_queries(rate * moments, -0.5 * rate, dtype), keys, 1.0)
+                mean = move(query.inverse, mean)
+                root = product(of_each(query.inverse, mean), root)
+            mean = self.center_queries(mean)
+            # [U^-1 L, m] [U^-1 L, m]^T = S + m m^T
+            second = gram(torch.cat([root, in_lanes(mean[..., None])], dim=1))
+            moments = torch.cat([second.unflatten(0, mean.shape[:-1]), mean], dim=-1)
+            ones = mean.new_ones(mean.shape[-1])
+            weight = torch.cat([-0.5 * half(ones.outer(ones), weighted=True), ones])
+            return Features(lift_queries(rate * weight * moments, -0.5 * rate, dtype), keys, 1.0)
 
     def carry(self, value: Tensor, key: Belief) -> Tensor:
         """U_j^-1 v_j."""
