@@ -2,8 +2,9 @@
 
 Rows go to results/scores.csv: loss on the whole validation split after 600 steps, mean over seeds and
 half width of its 95 % interval, on tiny Shakespeare and on WikiText-2 text (characters; trained on the
-first nine tenths of its validation file, measured on the last: its training split is not at hand); and
-the largest learning rate of a doubling ladder at which 200 steps still end below a unigram model.
+first nine tenths of its validation file, measured on the last: its training split is not at hand);
+with --rates, over a doubling ladder of learning rates, the largest one at which 200 steps still end below a
+unigram model, and the sensitivity to the rate.
 Two layers of width 64, eight heads of 8, learned positions (not every score bears rotation; dot is also
 run with rotation, for frames of positions rotate too). Beliefs take their larger projections out of the
 feed-forward part. Resumable: finished runs are kept.
@@ -117,14 +118,14 @@ def unigram(tokens: list[int]) -> float:
     return -sum(n / total * math.log(n / total) for n in counts)
 
 
-def largest_rate(case: str, bound: float, seed: int, runs: Path) -> float:
-    """The last step of the ladder that ends below `bound`, all steps under it too; 0 if none."""
+def ladder(case: str, bound: float, seed: int, runs: Path) -> list[float]:
+    """Losses of one seed up the ladder, as far as training stays below `bound`."""
     steps = (
         f"train.steps={LADDER_STEPS}",
         f"train.validate_every={LADDER_STEPS}",
         f"train.checkpoint_every={LADDER_STEPS}",
     )
-    stable = 0.0
+    losses: list[float] = []
     for rate in LADDER:
         overrides = (
             *cases()[case], *steps, f"train.seed={seed}", f"optimizer.learning_rate={rate}",
@@ -136,20 +137,44 @@ def largest_rate(case: str, bound: float, seed: int, runs: Path) -> float:
             break
         if not loss < bound:
             break
-        stable = rate
-    return stable
+        losses.append(loss)
+    return losses
+
+
+def sensitivity(losses: list[float], worst: float) -> float:
+    """Mean over the ladder of how far a loss is above the best; a step that failed counts `worst`.
+
+    Source: Wortsman et al., Small-scale proxies for large-scale Transformer training
+    instabilities, arXiv 2309.14322, section 2.2.
+    """
+    failed = [worst] * (len(LADDER) - len(losses))
+    return statistics.fmean(losses + failed) - min(losses + failed)
 
 
 def rates(case: str, seeds: int, runs: Path) -> list[Result]:
-    """The row of one score's largest stable learning rate: median and range over seeds."""
-    bound = unigram(recipe.build(recipe.configure(["nanogpt"])).dataset.validation.tolist())
-    found = [largest_rate(case, bound, seed, runs) for seed in range(seeds)]
-    spread = (max(found) - min(found)) / 2
-    print(f"{case:<28} {found}", flush=True)
+    """One score's largest stable learning rate (median and half range) and its sensitivity."""
+    tokens = recipe.build(recipe.configure(["nanogpt"])).dataset.validation.tolist()
+    bound, worst = unigram(tokens), math.log(len(set(tokens)))
+    found = [ladder(case, bound, seed, runs) for seed in range(seeds)]
+    largest = [LADDER[len(losses) - 1] if losses else 0.0 for losses in found]
+    values = [sensitivity(losses, worst) for losses in found]
+    low, high = interval(values)
+    mean = statistics.fmean(values)
+    print(f"{case:<28} {largest} {mean:.4f} ± {(high - low) / 2:.4f}", flush=True)
+    half = (max(largest) - min(largest)) / 2
     return [
         Result(
-            "stability", case, "largest learning rate", statistics.median(found), "1", spread, seeds
-        )
+            "stability", case, "largest learning rate", statistics.median(largest), "1", half, seeds
+        ),
+        Result(
+            "stability",
+            case,
+            "learning-rate sensitivity",
+            mean,
+            "nats/char",
+            (high - low) / 2,
+            seeds,
+        ),
     ]
 
 

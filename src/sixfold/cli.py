@@ -195,7 +195,7 @@ def replay(
     overrides
         Other limits, e.g. alarms.logit_critical=80.
     limits
-        A preset of limits: default or seed. Without it, those of the run.
+        A preset of limits: default, seed or sagemaker. Without it, those of the run.
     runs
         Folder that holds the runs.
     """
@@ -211,6 +211,47 @@ def replay(
             f"step {result.differs}: here it would have acted otherwise; what follows in the "
             "record answers another action, so the replay ends"
         )
+
+
+@app.command
+def rescue(
+    *,
+    column: tuple[str, ...] = (),
+    family: tuple[str, ...] = (),
+    seeds: str = "tuning",
+    jobs: int = 1,
+    smoke: bool = False,
+    publish: bool = False,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Provoke failures of training on purpose: what does the governor save, and what do others?
+
+    Finished runs are kept, so that a benchmark that was stopped goes on where it was.
+
+    Parameters
+    ----------
+    column
+        What is put against the failures, e.g. governor or zclip; all of them without it.
+    family
+        Which failures, and "healthy" for the runs that must be left alone; all of them without it.
+    seeds
+        "tuning", by which limits may be chosen, or "reporting".
+    jobs
+        Processes, each on one thread.
+    smoke
+        A few steps of a few runs, to see that everything works.
+    publish
+        Write results/rescue.csv and docs/rescue.md; whole families on the reporting seeds only.
+    runs
+        Folder that holds the runs.
+    """
+    from sixfold.bench.rescue.run import rescue as compare
+
+    where = Path() if publish else None
+    found = compare(
+        column, family, seeds=seeds, jobs=jobs, runs=runs / "rescue", small=smoke, publish=where
+    )
+    console.print(found, markup=False)
 
 
 @app.command

@@ -6,6 +6,8 @@ query may attend. The layers meet only here: training knows an `Observer`, not t
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
@@ -235,6 +237,10 @@ class Seen(Protocol):
     def text(self) -> tuple[str, ...]:
         """Sentences for whoever is watching."""
 
+    @property
+    def stop(self) -> str | None:
+        """Why going on is no use, or None."""
+
 
 class Observer(Protocol):
     """What the loop calls once per step; the governor is one, a tracker another."""
@@ -255,7 +261,7 @@ class Observer(Protocol):
 # ---------------------------------------------------------------- governing
 
 PerHead = tuple[tuple[float, ...], ...]
-"""A signal by layer, then head."""
+"""A signal by layer, then head; () for a layer that did not run."""
 
 
 class HeadId(NamedTuple):
@@ -265,8 +271,20 @@ class HeadId(NamedTuple):
     head: int
 
 
+WHOLE = HeadId(-1, -1)
+"""The target of what concerns the whole model."""
+
+
+def layer_of(number: int) -> HeadId:
+    """The target of what concerns all heads of a layer."""
+    return HeadId(number, -1)
+
+
 class Snapshot(NamedTuple):
-    """What the governor sees at one step. A signal that was not measured is absent."""
+    """What the governor sees at one step. A signal that was not measured is absent.
+
+    Between samples only the loss and a few scalars are there.
+    """
 
     step: int
     loss: float
@@ -274,10 +292,19 @@ class Snapshot(NamedTuple):
     scalars: Mapping[str, float]
     times_us: Mapping[str, float]
 
-    def signal(self, name: str, head: HeadId) -> float | None:
-        """One head's value of a signal, None where it was not measured."""
-        values = self.signals.get(name)
-        return None if values is None else values[head.layer][head.head]
+    def signal(self, name: str, target: HeadId) -> float | None:
+        """The value of a signal at a head, None where it was not measured.
+
+        At a whole layer it is the median of its heads, at the whole model the loss or a scalar.
+        """
+        if target == WHOLE:
+            found = self.loss if name == "loss" else self.scalars.get(name)
+            return None if found is None or math.isnan(found) else found
+        layers = self.signals.get(name)
+        heads = layers[target.layer] if layers is not None else ()
+        if not heads:
+            return None
+        return statistics.median(heads) if target.head < 0 else heads[target.head]
 
 
 @dataclass(frozen=True)

@@ -48,11 +48,13 @@ def test_signals_are_those_of_the_explicit_weights():
     tokens = torch.randint(0, 11, (3, 16))
     features = []
     for layer in governor.layers:
-        layer.score.register_forward_hook(lambda module, inputs, output: features.append(output))
+        layer.module.score.register_forward_hook(
+            lambda module, inputs, output: features.append(output)
+        )
     loss = cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
     loss.backward()
-    gradients = [layer.projection.base.weight.grad.clone() for layer in governor.layers]
-    weights = [layer.materialize() for layer in governor.layers]
+    gradients = [layer.module.projection.base.weight.grad.clone() for layer in governor.layers]
+    weights = [layer.matrices() for layer in governor.layers]
     optimizer.step()
     snapshot = governor.process_step(loss).snapshot
     assert snapshot.loss == loss.item()
@@ -98,7 +100,7 @@ def test_only_sampled_steps_are_measured():
     train(model, optimizer, governor, 12)
     assert [s.step for s in governor.telemetry.history] == [1, 6, 11]
     assert ["condition_q" in s.signals for s in governor.telemetry.history] == [True, False, False]
-    assert all(layer.probe is None for layer in governor.layers)
+    assert all(layer.module.probe is None for layer in governor.layers)
 
 
 def test_watching_changes_no_bit():
@@ -206,7 +208,7 @@ def test_detach_leaves_nothing_behind():
     model, optimizer = model_and_optimizer()
     governor = LeadMetaArchitect(model, optimizer)
     governor.detach()
-    assert all(layer.probe is None for layer in governor.layers)
+    assert all(layer.module.probe is None for layer in governor.layers)
     assert not model._forward_hooks
     assert not optimizer._optimizer_step_pre_hooks
 
@@ -273,9 +275,24 @@ def test_what_cannot_be_meant_is_refused(options, message):
         LeadMetaArchitect(model, optimizer, **options)
 
 
-def test_a_model_without_attention_is_refused():
-    with pytest.raises(ValueError, match="Linear has no sixfold.MultiHeadAttention to watch"):
-        LeadMetaArchitect(torch.nn.Linear(2, 2))
+def test_a_model_without_attention_is_told_of_once_and_its_loss_is_watched():
+    model = torch.nn.Linear(2, 2)
+    governor = LeadMetaArchitect(model, torch.optim.SGD(model.parameters()), every=1)
+    model(torch.zeros(1, 2)).sum().backward()
+    with pytest.warns(UserWarning, match="no attention was seen in a forward pass of Linear"):
+        seen = governor.process_step(1.0)
+    assert seen.snapshot.loss == 1.0
+    model(torch.zeros(1, 2)).sum().backward()
+    assert governor.process_step(1.0).snapshot.signals == {}
+
+
+def test_a_model_has_one_governor():
+    model, optimizer = model_and_optimizer()
+    first = LeadMetaArchitect(model, optimizer)
+    with pytest.raises(ValueError, match="has a governor already: detach"):
+        LeadMetaArchitect(model, optimizer)
+    first.detach()
+    LeadMetaArchitect(model, optimizer)
 
 
 def test_grouped_heads_are_watched_too():

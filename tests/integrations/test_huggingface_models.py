@@ -585,7 +585,8 @@ def test_the_governor_watches_the_layers_of_a_hugging_face_model():
     model, tokens = SixfoldForCausalLM(config_of("hexagonal")).train(), tokens_of(4, 12)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     governor = LeadMetaArchitect(model, optimizer, every=1)
-    assert governor.layers == [block.attention for block in model.model.blocks]
+    watched = [layer.module for layer in governor.layers]
+    assert watched == [block.attention for block in model.model.blocks]
     for _ in range(3):
         loss = model(tokens, labels=tokens).loss
         loss.backward()

@@ -75,9 +75,26 @@ def by_loop(seen, batches, queries):
 def test_statistics_are_those_of_a_loop(kind, n, m):
     seen = observation(kind, n, m)
     for found, expected in zip(
-        head_statistics(seen), by_loop(seen, range(2), range(n)), strict=True
+        head_statistics(seen)[:2], by_loop(seen, range(2), range(n)), strict=True
     ):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_redundancy_is_the_cosine_with_the_head_most_like_it(kind):
+    seen = observation(kind, 6, 6)
+    p = weights(seen.rating, seen.visibility).double()
+    several = (p > 0).sum(-1) > 1
+    found = head_statistics(seen).redundancy
+    for a in range(p.shape[1]):
+        cosines = [
+            torch.nn.functional.cosine_similarity(p[:, a], p[:, b], dim=-1)[
+                several[:, a] & several[:, b]
+            ].mean()
+            for b in range(p.shape[1])
+            if a != b
+        ]
+        torch.testing.assert_close(found[a].double(), max(cosines), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -101,7 +118,8 @@ def test_sampled_queries_are_evenly_spaced_rows_of_the_first_sequence(kind, n):
 def test_entropy_is_one_for_equal_logits_and_zero_for_one_key():
     query, key = torch.zeros(1, 2, 5, 4), torch.randn(1, 2, 5, 4)
     seen = Observation(Features(query, key, 1.0), Visibility(None, is_causal=True))
-    largest, entropy = head_statistics(seen)
+    largest, entropy, alike = head_statistics(seen)
+    torch.testing.assert_close(alike, torch.ones(2))
     torch.testing.assert_close(entropy, torch.ones(2))
     assert largest.tolist() == [0.0, 0.0]
     one = torch.eye(5, dtype=torch.bool)
@@ -258,8 +276,17 @@ def test_logits_that_overflow_are_no_mask(impl, is_causal, signed):
         assert lse[:, 1, others].isnan().all()
         assert received[:, 1].isnan().any(-1).all()
         assert largest[:, 1].isnan().all()
-        top, share = head_statistics(seen)
+        top, share, _ = head_statistics(seen)
         assert top[whole].isfinite().all()
         assert share[whole].isfinite().all()
         assert top[1].isnan()
         assert share[1].isnan()
+
+
+def test_spectra_of_what_is_not_finite_are_no_numbers():
+    weights = torch.eye(4).repeat(3, 1, 1)
+    weights[1, 0, 0] = math.nan
+    found, condition = spectra(weights)
+    assert found.tolist()[::2] == condition.tolist()[::2] == [1.0, 1.0]
+    assert found[1].isnan()
+    assert condition[1].isnan()

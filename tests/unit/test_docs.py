@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from sixfold import discover
+from sixfold.governor.ladder import PROTOCOLS
 from sixfold.governor.limits import PRESETS
-from sixfold.governor.step import PROTOCOLS
 from sixfold.governor.watch.collect import UNITS
 
 ROOT = Path(__file__).parents[2]

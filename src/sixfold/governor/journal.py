@@ -3,51 +3,133 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sixfold.attention.multihead import MultiHeadAttention
-from sixfold.contracts import HeadId, Snapshot
+from sixfold.contracts import WHOLE, Change, HeadId, Snapshot
 from sixfold.geometry.hexgrid import HexGrid
-from sixfold.governor.alarms import WHOLE, Alarm
+from sixfold.governor.alarms import Alarm
 from sixfold.governor.limits import ActionLimits, AlarmLimits, Limits
-from sixfold.governor.step import Applied, Decisions, Judged, Undone
+from sixfold.governor.step import Applied, Decisions, Judged, Undone, revive
 from sixfold.governor.watch.collect import UNITS
+from sixfold.governor.watch.layer import Layer
 from sixfold.record import Log
 
 TELEMETRY, JOURNAL = "telemetry.jsonl", "journal.jsonl"
+SIGNALS = (
+    "max_logit", "entropy", "gradient_norm", "gradient_mean", "update_ratio", "rank_distance",
+    "condition_q", "condition_k", "condition_v", "loss", "mixing", "tokens_per_s",
+)  # fmt: skip
+"""What an alarm can be about."""
 
 
-def open_logs(
-    folder: Path | str | None,
-    layers: Sequence[MultiHeadAttention],
-    grid: HexGrid | None,
-    limits: Limits,
-    positions: Mapping[str, int],
-) -> tuple[Log, ...]:
-    """The two logs of a run in `folder`, or none."""
-    if folder is None:
-        return ()
-    header = {
+class File:
+    """A log that is begun when the first row is there to write, for only then its header is known.
+
+    Args:
+        path: where; a folder that is missing is made.
+        position: bytes that count when a run is resumed; what was written after them is forgotten.
+    """
+
+    def __init__(self, path: Path, position: int) -> None:
+        self.path, self._log = path, None
+        if position:
+            self._log = Log(path, {}, position)
+
+    def append(
+        self, rows: Sequence[Mapping[str, Any]], header: Callable[[], Mapping[str, Any]]
+    ) -> None:
+        """Write some rows, or only the header."""
+        if self._log is None:
+            self._log = Log(self.path, header())
+        for row in rows:
+            self._log.append(row)
+
+    def position(self) -> int:
+        """Bytes written so far, now on disk."""
+        return 0 if self._log is None else self._log.position()
+
+    def close(self) -> None:
+        """Nothing more will be written."""
+        if self._log is not None:
+            self._log.close()
+
+
+class Logs:
+    """The telemetry and the journal of a run in `folder`, or nowhere.
+
+    A disk that cannot be written to is warned about once, then left alone: training goes on.
+    """
+
+    def __init__(self, folder: Path | str | None, positions: Mapping[str, int]) -> None:
+        names = (TELEMETRY, JOURNAL) if folder is not None else ()
+        self.files = tuple(File(Path(folder or "") / n, positions.get(n, 0)) for n in names)
+        self._lost = False
+
+    def write(
+        self,
+        snapshot: Snapshot,
+        rows: Sequence[Mapping[str, Any]],
+        header: Callable[[], Mapping[str, Any]],
+    ) -> None:
+        """Append a snapshot, and what came of it."""
+        self._append(0, [snapshot._asdict()], header)
+        self._append(1, rows, header)
+
+    def tell(
+        self, rows: Sequence[Mapping[str, Any]], header: Callable[[], Mapping[str, Any]]
+    ) -> None:
+        """Append to the journal alone."""
+        self._append(1, rows, header)
+
+    def _append(
+        self,
+        which: int,
+        rows: Sequence[Mapping[str, Any]],
+        header: Callable[[], Mapping[str, Any]],
+    ) -> None:
+        if not self.files or self._lost:
+            return
+        try:
+            self.files[which].append(rows, header)
+        except OSError as error:
+            self._lost = True
+            warnings.warn(f"{error}; the governor goes on without its logs", stacklevel=2)
+
+    def journal(self) -> list[dict[str, Any]]:
+        """The rows written so far."""
+        if not self.files or not self.files[1].position():
+            return []
+        return read(self.files[1].path)
+
+    def close(self) -> None:
+        """Nothing more will be written."""
+        for file in self.files:
+            file.close()
+
+
+def header(layers: Sequence[Layer], limits: Limits) -> dict[str, Any]:
+    """What the rows of a log are about."""
+    grid = layers[0].grid if layers else None
+    return {
         "layers": len(layers),
-        "num_heads": layers[0].heads.num_heads,
+        "names": [layer.name for layer in layers],
+        "num_heads": layers[0].num_heads if layers else 0,
         "grid_radius": None if grid is None else grid.radius,
         "units": UNITS,
         "limits": asdict(limits),
     }
-    return tuple(
-        Log(Path(folder) / name, header, positions.get(name, 0)) for name in (TELEMETRY, JOURNAL)
-    )
 
 
 def load_limits(values: Mapping[str, Any]) -> Limits:
     """Limits from the header of a log."""
-    alarms = dict(values["alarms"])
-    if alarms["gradient"] is not None:
-        alarms["gradient"] = tuple(alarms["gradient"])
-    return Limits(AlarmLimits(**alarms), ActionLimits(**values["actions"]))
+    alarms = {k: tuple(v) if isinstance(v, list) else v for k, v in values["alarms"].items()}
+    rest = {name: tuple(values[name]) for name in ("untouched", "unscaled")}
+    rest |= {name: values[name] for name in ("acting", "rewinding")}
+    return Limits(AlarmLimits(**alarms), ActionLimits(**values["actions"]), **rest)
 
 
 def load_snapshot(row: Mapping[str, Any]) -> Snapshot:
@@ -56,43 +138,43 @@ def load_snapshot(row: Mapping[str, Any]) -> Snapshot:
     return Snapshot(row["step"], row["loss"], signals, row["scalars"], row["times_us"])
 
 
+def load_change(row: Mapping[str, Any]) -> Change:
+    """A change from its row in the journal."""
+    target = [row["layer"], row["head"]]
+    return revive(row["name"], {**row["arguments"], "target": target, "expects": row["expects"]})
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     """The rows of a journal, without its header."""
     return [json.loads(line) for line in path.read_text().splitlines()[1:]]
 
 
-def write(logs: Sequence[Log], snapshot: Snapshot, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Append to the logs, if there are any."""
-    if logs:
-        telemetry, journal = logs
-        telemetry.append(snapshot._asdict())
-        for row in rows:
-            journal.append(row)
-
-
 def name_of(head: HeadId) -> str:
     """How a head is called in text."""
-    return "the model" if head == WHOLE else f"layer {head.layer} head {head.head}"
+    if head == WHOLE:
+        return "the model"
+    return f"layer {head.layer}" + (f" head {head.head}" if head.head >= 0 else "")
 
 
-def rows(now: int, decisions: Decisions, mode: str) -> list[dict[str, Any]]:
+def rows(now: int, decisions: Decisions, *, acting: bool) -> list[dict[str, Any]]:
     """The journal rows of one step, in the order things happened."""
     return [
         *(alarm_row(alarm) for alarm in decisions.alarms),
         *(evidence_row(judged) for judged in decisions.judged),
-        *(undo_row(now, undone, mode) for undone in decisions.undone),
-        *(change_row(now, applied, mode) for applied in decisions.applied),
+        *(undo_row(now, undone, acting=acting) for undone in decisions.undone),
+        *(change_row(now, applied, acting=acting) for applied in decisions.applied),
+        *([stop_row(now, decisions.stop)] if decisions.stop is not None else []),
     ]
 
 
-def sentence(decisions: Decisions, mode: str) -> tuple[str, ...]:
+def sentence(decisions: Decisions, *, acting: bool) -> tuple[str, ...]:
     """One step in one sentence, for whoever is watching; nothing where nothing was decided."""
-    made = "made" if mode == "act" else "would make"
+    made = "made" if acting else "would make"
     parts = [f"{made} {heads_by(decisions.applied)}"] if decisions.applied else []
     if decisions.undone:
-        parts.append(
-            f"{'took' if mode == 'act' else 'would take'} back {heads_by(decisions.undone)}"
-        )
+        parts.append(f"{'took' if acting else 'would take'} back {heads_by(decisions.undone)}")
+    if decisions.stop is not None:
+        parts.append(f"going on is no use: {decisions.stop}")
     if not parts and not decisions.alarms:
         return ()
     worst = "critical" if any(a.level == "critical" for a in decisions.alarms) else "not critical"
@@ -105,8 +187,9 @@ def heads_by(changes: Sequence[Applied] | Sequence[Undone]) -> str:
     heads: dict[str, list[str]] = {}
     for item in changes:
         target = item.change.target
-        heads.setdefault(item.change.name, []).append(f"{target.layer}.{target.head}")
-    return ", ".join(f"{name} at heads {' '.join(where)}" for name, where in heads.items())
+        where = "the model" if target == WHOLE else f"{target.layer}.{target.head}"
+        heads.setdefault(item.change.name, []).append(where)
+    return ", ".join(f"{name} at {' '.join(where)}" for name, where in heads.items())
 
 
 def alarm_row(alarm: Alarm) -> dict[str, Any]:
@@ -125,22 +208,25 @@ def alarm_row(alarm: Alarm) -> dict[str, Any]:
     return {"step": alarm.step, "kind": "alarm", **where, **known, "text": text}
 
 
-def change_row(now: int, applied: Applied, mode: str) -> dict[str, Any]:
+def change_row(now: int, applied: Applied, *, acting: bool) -> dict[str, Any]:
     """A change made, or in observing mode one that would have been made."""
     change, expects = applied.change, applied.change.expects
     values = {k: v for k, v in asdict(change).items() if k not in ("target", "expects")}  # type: ignore[call-overload]
     sign = "below" if expects.direction == "fall" else "above"
-    said = ", ".join(f"{key} {value:.3g}" for key, value in values.items())
+    said = ", ".join(
+        f"{key} {value:.3g}" if isinstance(value, int | float) else f"{key} {value}"
+        for key, value in values.items()
+    )
     text = (
-        f"{'made' if mode == 'act' else 'would make'} {change.name} ({said}) at "
+        f"{'made' if acting else 'would make'} {change.name}{f' ({said})' if said else ''} at "
         f"{name_of(change.target)}: expects {expects.signal} {sign} {expects.bound:.4g} "
         f"within {expects.within} steps"
     )
     return {
         "step": now, "kind": "change", "id": applied.number, "name": change.name,
         "layer": change.target.layer, "head": change.target.head, "arguments": values,
-        "expects": {k: v for k, v in asdict(expects).items() if k != "target"},
-        "cost": change.cost, "applied": mode == "act", "text": text,
+        "expects": asdict(expects) | {"target": list(expects.target)},
+        "cost": change.cost, "applied": acting, "text": text,
     }  # fmt: skip
 
 
@@ -158,11 +244,16 @@ def evidence_row(judged: Judged) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def undo_row(now: int, undone: Undone, mode: str) -> dict[str, Any]:
+def undo_row(now: int, undone: Undone, *, acting: bool) -> dict[str, Any]:
     """A change taken back."""
-    took = "took" if mode == "act" else "would take"
+    took = "took" if acting else "would take"
     text = f"{took} back {undone.change.name} #{undone.number}: {undone.reason}"
     return {"step": now, "kind": "undo", "id": undone.number, "reason": undone.reason, "text": text}
+
+
+def stop_row(now: int, reason: str) -> dict[str, Any]:
+    """The advice to stop."""
+    return {"step": now, "kind": "stop", "reason": reason, "text": f"stop: {reason}"}
 
 
 def report(

@@ -20,8 +20,23 @@ class AlarmLimits:
         entropy_drift: entropy below this and falling is a warning.
         condition: condition number of W_Q, W_K or W_V.
         gradient: smallest and largest gradient norm of a head.
+        gradient_mean: smallest mean magnitude of a head's gradients.
+        dead_samples: samples in a row in which nothing reaches a head's weights while it does reach
+            others: a dead head.
+        update_ratio: share of a layer's attention weights that one step moves, median over its
+            heads, over three samples: a learning rate that is too hot.
+        rank_distance: part of a layer's input that is not the mean token; below it all tokens are
+            one.
+        loss_ratio: loss over the first loss, for `loss_patience` steps: a run that is worse than
+            when it began.
+        loss_patience: steps.
+        loss_spike: deviations (median absolute, of 64 steps) above the median that are a notice.
+        finite: whether a loss, gradient or logit that is not finite is critical.
+        weight_update: smallest and largest update ratio of a head.
+        loss_stalled: steps after which the loss must have fallen.
         mixing_us: time of head mixing, microseconds.
         throughput_drop: share of the best tokens/s that may be lost.
+        muted: signals that raise no alarm.
     """
 
     logit_warning: float | None = None
@@ -32,8 +47,19 @@ class AlarmLimits:
     entropy_drift: float | None = None
     condition: float | None = None
     gradient: tuple[float, float] | None = None
+    gradient_mean: float | None = None
+    dead_samples: int | None = None
+    update_ratio: float | None = None
+    rank_distance: float | None = None
+    loss_ratio: float | None = None
+    loss_patience: int = 20
+    loss_spike: float | None = None
+    finite: bool = False
+    weight_update: tuple[float, float] | None = None
+    loss_stalled: int | None = None
     mixing_us: float | None = None
     throughput_drop: float | None = None
+    muted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,7 +73,14 @@ class ActionLimits:
         clips_before_entropy: clips of one head before its entropy is held as well.
         entropy_coefficient: weight of the entropy term, nats of loss per unit of entropy.
         entropy_steps: how long an entropy term stays.
+        shield_to: update ratio that a learning-rate shield brings back, by a power of two.
+        shield_steps: how long a shield stays.
         budget: changes per head in one run.
+        hard_after: changes of one head before its weights are touched.
+        rollbacks: rollbacks in one run.
+        snapshot_every: steps between two snapshots that a rollback can go to.
+        margin: steps before the first sign of trouble that a rollback leaves out too.
+        stop_after: steps that a critical state may last after the last answer was tried.
     """
 
     clip_to: float = 50.0
@@ -56,25 +89,47 @@ class ActionLimits:
     clips_before_entropy: int = 3
     entropy_coefficient: float = 0.05
     entropy_steps: int = 200
+    shield_to: float = 0.1
+    shield_steps: int = 200
     budget: int = 64
+    hard_after: int = 16
+    rollbacks: int = 5
+    snapshot_every: int = 20
+    margin: int = 1
+    stop_after: int = 200
 
     def __post_init__(self) -> None:
-        if not self.clip_to > 0:
-            raise ValueError(f"clip_to must be positive, got {self.clip_to}")
+        for name in ("clip_to", "shield_to"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.snapshot_every < 1:
+            raise ValueError(f"snapshot_every must be 1 or more, got {self.snapshot_every}")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the governor holds to."""
+    """What the governor holds to.
+
+    `acting` is False where it only observes; `rewinding` is True where a run can be rolled back;
+    `untouched` are the layers whose weights are left alone, `unscaled` those of them whose logits
+    cannot be scaled either.
+    """
 
     alarms: AlarmLimits = field(default_factory=AlarmLimits)
     actions: ActionLimits = field(default_factory=ActionLimits)
+    acting: bool = True
+    rewinding: bool = False
+    untouched: tuple[int, ...] = ()
+    unscaled: tuple[int, ...] = ()
 
 
 PRESETS = {
     # logits separate collapse from health; entropy alone does not (an induction head is sharp)
     "default": Limits(
-        AlarmLimits(logit_warning=50.0, logit_critical=100.0, entropy_ratio=0.5),
+        AlarmLimits(
+            logit_warning=50.0, logit_critical=100.0, entropy_ratio=0.5, dead_samples=3,
+            update_ratio=0.3, rank_distance=1e-3, loss_ratio=1.5, loss_spike=10.0, finite=True,
+        ),
     ),
     # the first published rule set: kept to be compared with, it warns on healthy runs
     "seed": Limits(
@@ -82,6 +137,14 @@ PRESETS = {
             entropy_fixation=0.3, entropy_drift=0.9, condition=100.0, gradient=(1e-6, 1e3),
             mixing_us=50.0, throughput_drop=0.1,
         )
+    ),
+    # the built-in rules of Amazon SageMaker Debugger that a training run's signals can answer:
+    # VanishingGradient, ExplodingTensor, WeightUpdateRatio, LossNotDecreasing; it acts on none
+    "sagemaker": Limits(
+        AlarmLimits(
+            gradient_mean=1e-7, finite=True, weight_update=(1e-8, 10.0), loss_stalled=10,
+        ),
+        acting=False,
     ),
 }  # fmt: skip
 

@@ -6,17 +6,15 @@ State is plain values, so that it can be written into a checkpoint as JSON.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 from sixfold.contracts import Change, Evidence, Expectation, HeadId, Snapshot
-from sixfold.governor import alarms
-from sixfold.governor.alarms import Alarm
+from sixfold.governor import alarms, ladder, rules
+from sixfold.governor.alarms import Alarm, Memory
 from sixfold.governor.limits import Limits
-from sixfold.governor.protocols import entropy_term, qk_clip
-
-PROTOCOLS = {"qk_clip": qk_clip.QKClip, "entropy_term": entropy_term.EntropyTerm}
 
 
 @dataclass(frozen=True)
@@ -31,12 +29,27 @@ class Pending:
 
 @dataclass(frozen=True)
 class State:
-    """Everything the governor remembers between steps."""
+    """Everything the governor remembers between steps.
 
-    memory: alarms.Memory = field(default_factory=alarms.Memory)
+    snapshots: steps whose copies of the run are kept. helpless_since: the step from which on
+    something critical has had no answer.
+    """
+
+    memory: Memory = field(default_factory=Memory)
     pending: tuple[Pending, ...] = ()
     history: tuple[tuple[int, str, HeadId], ...] = ()
     count: int = 0
+    snapshots: tuple[int, ...] = ()
+    helpless_since: int | None = None
+
+    def with_change(self, number: int, change: Change, now: int) -> State:
+        """The same with a change that someone made by hand."""
+        return replace(
+            self,
+            pending=(*self.pending, Pending(number, change, now)),
+            history=(*self.history, (now, change.name, change.target)),
+            count=number,
+        )
 
 
 class Applied(NamedTuple):
@@ -64,39 +77,94 @@ class Undone(NamedTuple):
 
 
 class Decisions(NamedTuple):
-    """What the governor says and does about one snapshot."""
+    """What the governor says and does about one snapshot.
+
+    copies: the steps whose copies of the run are kept from now on, this one among them where it is
+    a good moment. stop: why going on is no use, or None.
+    """
 
     alarms: tuple[Alarm, ...]
     judged: tuple[Judged, ...]
     undone: tuple[Undone, ...]
     applied: tuple[Applied, ...]
+    copies: tuple[int, ...] = ()
+    stop: str | None = None
+
+
+KEPT = 3
+"""Copies of a run that are kept for rolling back."""
 
 
 def step(state: State, snapshot: Snapshot, limits: Limits) -> tuple[State, Decisions]:
     """Decide about one snapshot.
 
     Alarms first, then a verdict on earlier changes, then undoing of what failed or has run its
-    time, then new changes for the heads that are still in trouble.
+    time, then new changes for what is still in trouble.
     """
-    memory, raised, troubled = alarms.judge(state.memory, snapshot, limits.alarms)
+    present = rules.alarms(state.memory, snapshot, limits.alarms)
+    memory, raised, troubled = alarms.judge(state.memory, snapshot, present, limits.alarms)
     pending, judged = verdicts(state.pending, snapshot)
     pending, undone = endings(pending, judged, snapshot.step)
-    count, applied, history = state.count, [], state.history
+    count, applied, history, helpless = state.count, [], state.history, None
     for alarm in troubled:
-        change = answer(
-            alarm,
-            replace(state, pending=tuple(pending), history=history),
-            undone,
-            limits,
-            snapshot.step,
-        )
+        situation = ladder.Situation(
+            alarm, memory, snapshot, history, tuple(p.change for p in pending),
+            tuple(u.change for u in undone), state.snapshots, limits,
+        )  # fmt: skip
+        change = ladder.answer(situation)
         if change is not None:
             count += 1
             applied.append(Applied(count, change, alarm))
-            pending.append(Pending(count, change, snapshot.step))
             history = (*history, (snapshot.step, change.name, change.target))
-    state = State(memory, tuple(pending), history, count)
-    return state, Decisions(raised, judged, undone, tuple(applied))
+            pending = [*pending, Pending(count, change, snapshot.step)]
+        elif alarm.level == "critical" and not situation.waits():
+            helpless = alarm
+    since, stop = patience(state, snapshot.step, helpless, limits)
+    copies = kept_copies(state.snapshots, snapshot, memory, applied, limits)
+    # what is only said is not in force: nothing of it can be judged or taken back
+    in_force = tuple(pending) if limits.acting else ()
+    state = State(memory, in_force, history, count, copies, since)
+    return state, Decisions(raised, judged, undone, tuple(applied), copies, stop)
+
+
+def patience(
+    state: State, now: int, helpless: Alarm | None, limits: Limits
+) -> tuple[int | None, str | None]:
+    """Since when something critical has had no answer, and the sentence once that is too long."""
+    if helpless is None or not limits.acting:
+        return None, None
+    since = now if state.helpless_since is None else state.helpless_since
+    if now - since < limits.actions.stop_after and math.isfinite(helpless.value):
+        return since, None
+    return since, ladder.diagnosis(helpless, state.history)
+
+
+def kept_copies(
+    copies: tuple[int, ...],
+    snapshot: Snapshot,
+    memory: Memory,
+    applied: list[Applied],
+    limits: Limits,
+) -> tuple[int, ...]:
+    """The steps to keep copies of: every so often, and only while nothing critical is raised."""
+    for item in applied:
+        if item.change.name == "rollback":
+            # what is younger than the copy gone back to belongs to the run that was given up
+            return tuple(number for number in copies if number <= item.change.to)
+    if not limits.rewinding:
+        return ()
+    # the moment before the first step is always there
+    copies = copies or (0,)
+    calm = not any(level == "critical" for level, *_ in memory.raised)
+    calm = calm and memory.worse_since is None
+    if not calm or snapshot.step % limits.actions.snapshot_every:
+        return copies
+    return (*copies, snapshot.step)[-KEPT:]
+
+
+def skips(gradient_norm: float, limits: Limits) -> bool:
+    """Whether this step's gradients must not move the weights; asked before the optimizer does."""
+    return limits.alarms.finite and limits.acting and not math.isfinite(gradient_norm)
 
 
 def verdicts(
@@ -135,36 +203,6 @@ def endings(
     return left, tuple(undone)
 
 
-def answer(
-    alarm: Alarm, state: State, undone: tuple[Undone, ...], limits: Limits, now: int
-) -> Change | None:
-    """The least invasive change for a head in trouble, or None where it has to wait.
-
-    A clip first; the entropy term where the head has been clipped often, or where entropy is what
-    alarms. What is being taken back at this step is made up for.
-    """
-    head, actions = alarm.target, limits.actions
-    mine = [(when, name) for when, name, target in state.history if target == head]
-    waits = mine and now - mine[-1][0] < actions.cooldown
-    if len(mine) >= actions.budget or waits or any(p.change.target == head for p in state.pending):
-        return None
-    clips = sum(name == "qk_clip" for _, name in mine)
-    terms = len(mine) - clips
-    if alarm.signal == "max_logit" and clips < actions.clips_before_entropy * (terms + 1):
-        returned = sum(u.change.power for u in undone if is_clip_of(u.change, head))
-        return qk_clip.build(head, alarm.value * 2.0**returned, actions.clip_to, actions.within)
-    floor = alarms.own_median(state.memory, "entropy", head)
-    if floor is None:
-        return None
-    weight, lasts = actions.entropy_coefficient, actions.entropy_steps
-    return entropy_term.build(head, floor, weight, lasts, within=lasts // 2)
-
-
-def is_clip_of(change: Change, head: HeadId) -> TypeGuard[qk_clip.QKClip]:
-    """Whether a change is a clip of this head."""
-    return isinstance(change, qk_clip.QKClip) and change.target == head
-
-
 def state_dict(state: State) -> dict[str, Any]:
     """State as plain JSON values."""
     return {
@@ -178,6 +216,8 @@ def state_dict(state: State) -> dict[str, Any]:
         ],
         "history": [[when, name, list(head)] for when, name, head in state.history],
         "count": state.count,
+        "snapshots": list(state.snapshots),
+        "helpless_since": state.helpless_since,
     }  # fmt: skip
 
 
@@ -191,12 +231,16 @@ def load_state(values: Mapping[str, Any]) -> State:
         ),
         history=tuple((when, name, HeadId(*head)) for when, name, head in values["history"]),
         count=values["count"],
+        snapshots=tuple(values["snapshots"]),
+        helpless_since=values["helpless_since"],
     )
 
 
 def revive(name: str, values: Mapping[str, Any]) -> Change:
     """A change from its plain values."""
     target = HeadId(*values["target"])
-    expects = Expectation(**{**values["expects"], "target": target})
-    change: Change = PROTOCOLS[name](**{**values, "target": target, "expects": expects})
+    known = values["expects"]
+    expects = Expectation(**{**known, "target": HeadId(*known["target"])})
+    kind = ladder.PROTOCOLS[name]
+    change: Change = kind(**{**values, "target": target, "expects": expects})
     return change

@@ -86,7 +86,8 @@ def read_run(folder: str | Path) -> Run:
         environment=_object(folder / "environment.json"),
         metrics=metrics,
         telemetry_header=telemetry.header,
-        telemetry=tuple(_snapshot(row) for row in telemetry.rows),
+        # between samples only loss and scalars are recorded, for replay
+        telemetry=tuple(_snapshot(row) for row in telemetry.rows if row["signals"]),
         journal=journal.rows,
         sample=sample.read_text("utf-8", errors="replace") if sample.is_file() else None,
         notes=metrics.notes + telemetry.notes + journal.notes,

@@ -261,8 +261,11 @@ def advance(run: Training, model: nn.Module, step: int, metrics: Log | None) -> 
     measured = train_step(
         model, run.optimizer, batch, step_settings(run), lambda: penalties(run), run.world
     )
+    stop = None
     for observer in run.observers:
-        for text in observer.process_step(measured.loss).text:
+        seen = observer.process_step(measured.loss)
+        stop = stop or seen.stop
+        for text in seen.text:
             run.view.say(f"step {step + 1}: {text}")
     speed = batch.targets.numel() / (time.perf_counter() - began)
     now = Progress(
@@ -278,6 +281,10 @@ def advance(run: Training, model: nn.Module, step: int, metrics: Log | None) -> 
             f"the loss is {now.loss} at step {now.step}; lower optimizer.learning_rate, turn the "
             "governor on, or look for bad data; earlier checkpoints are intact",
             run.folder,
+        )
+    if stop is not None:
+        raise Diverged(
+            f"stopped at step {now.step}: {stop}; earlier checkpoints are intact", run.folder
         )
     return now
 

@@ -1,14 +1,14 @@
-"""Builds the snapshot of a step from what the probes, the weights and the gradients show."""
+"""Builds the signals of a step from what the probes, the weights and the gradients show."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from sixfold.attention.multihead import MultiHeadAttention
 from sixfold.contracts import PerHead
+from sixfold.governor.watch.layer import Layer
 from sixfold.governor.watch.probe import LayerProbe
 from sixfold.ops.statistics.sampled import spectra
 
@@ -16,38 +16,44 @@ UNITS = {
     "loss": "the loss's own",
     "max_logit": "nats",
     "entropy": "1 (of log visible keys)",
+    "redundancy": "1 (cosine of weights)",
     "sigma_max": "1",
     "condition": "1",
     "gradient_norm": "loss per unit weight",
+    "gradient_mean": "loss per unit weight",
+    "update_ratio": "1 (of the weight's norm)",
+    "rank_distance": "1 (of the input's norm)",
+    "stable_rank": "1",
     "times_us": "microseconds",
     "tokens_per_s": "tokens/s",
 }
+TOKENS = 64
+"""Tokens of a layer's input that are looked at."""
+
+Signals = dict[str, list[Tensor | None]]
+"""Values by signal, then layer: (h,), or None where a layer has none."""
 
 
-def to_numbers(values: dict[str, list[Tensor]]) -> dict[str, PerHead]:
+def to_numbers(values: Signals) -> dict[str, PerHead]:
     """Move every signal of every layer to the host in one transfer."""
-    flat = [tensor.double() for tensors in values.values() for tensor in tensors]
-    if not flat:
-        return {}
-    numbers = torch.cat(flat).tolist()
-    signals, start = {}, 0
-    for name, tensors in values.items():
-        layers = []
-        for tensor in tensors:
-            layers.append(tuple(numbers[start : start + len(tensor)]))
-            start += len(tensor)
-        signals[name] = tuple(layers)
-    return signals
-
-
-def seen(probes: Sequence[LayerProbe]) -> dict[str, list[Tensor]]:
-    """Maximal logits and entropies; absent where a layer did not run."""
-    if any(probe.max_logit is None for probe in probes):
-        return {}
+    flat = [
+        tensor.double() for tensors in values.values() for tensor in tensors if tensor is not None
+    ]
+    numbers = iter(torch.cat(flat).tolist() if flat else ())
     return {
-        "max_logit": [probe.max_logit for probe in probes],
-        "entropy": [probe.entropy for probe in probes],
-    }  # type: ignore[dict-item]
+        name: tuple(
+            () if t is None else tuple(next(numbers) for _ in range(len(t))) for t in tensors
+        )
+        for name, tensors in values.items()
+        if any(tensor is not None for tensor in tensors)
+    }
+
+
+def seen(layers: Sequence[Layer], probes: Mapping[int, LayerProbe]) -> Signals:
+    """What attention did; None for a layer that did not run."""
+    names = ("max_logit", "entropy", "redundancy")
+    found = [probes.get(number) for number in range(len(layers))]
+    return {name: [getattr(probe, name, None) for probe in found] for name in names}
 
 
 def per_query_head(values: Tensor, num_heads: int) -> Tensor:
@@ -56,35 +62,89 @@ def per_query_head(values: Tensor, num_heads: int) -> Tensor:
 
 
 @torch.no_grad()
-def matrices(layers: Sequence[MultiHeadAttention]) -> dict[str, list[Tensor]]:
+def matrices(layers: Sequence[Layer]) -> Signals:
     """Largest singular values and condition numbers of W_Q, W_K, W_V per head."""
-    found: dict[str, list[Tensor]] = {}
+    found: Signals = {f"{n}_{role}": [] for role in "qkv" for n in ("sigma_max", "condition")}
     for layer in layers:
-        for role, weight in layer.materialize().items():
-            for name, values in zip(("sigma_max", "condition"), spectra(weight), strict=True):
-                shared = per_query_head(values, layer.heads.num_heads)
-                found.setdefault(f"{name}_{role}", []).append(shared)
+        weights = layer.matrices()
+        for role in "qkv":
+            pair = spectra(weights[role]) if role in weights else (None, None)
+            for name, values in zip(("sigma_max", "condition"), pair, strict=True):
+                shared = None if values is None else per_query_head(values, layer.num_heads)
+                found[f"{name}_{role}"].append(shared)
     return found
 
 
 @torch.no_grad()
-def gradients(layers: Sequence[MultiHeadAttention]) -> dict[str, list[Tensor]]:
-    """Gradient norm of each head's W_Q, W_K and W_V together; absent before a backward pass."""
-    norms = []
+def gradients(layers: Sequence[Layer]) -> Signals:
+    """Norm and mean magnitude of the gradients of each head's W_Q, W_K and W_V together."""
+    found: Signals = {"gradient_norm": [], "gradient_mean": []}
     for layer in layers:
-        roles = layer.projection.gradients()
-        if roles is None:
-            return {}
-        squares = [
-            per_query_head(g.flatten(1).square().sum(1), layer.heads.num_heads)
-            for g in roles.values()
+        roles = layer.gradients()
+        norm, mean = None, None
+        if roles:
+            norm = summed(layer, roles, lambda g: g.float().square().sum((1, 2))).sqrt()
+            count = sum(g[0].numel() for g in roles.values())
+            mean = summed(layer, roles, lambda g: g.float().abs().sum((1, 2))) / count
+        found["gradient_norm"].append(norm)
+        found["gradient_mean"].append(mean)
+    return found
+
+
+def summed(layer: Layer, roles: Mapping[str, Tensor], of: object) -> Tensor:
+    """A figure of each head's matrices, summed over the roles; (h,)."""
+    return torch.stack([per_query_head(of(g), layer.num_heads) for g in roles.values()]).sum(0)
+
+
+@torch.no_grad()
+def copies(layers: Sequence[Layer]) -> list[dict[str, Tensor]]:
+    """The attention weights as they are, to be compared with what a step makes of them."""
+    return [{role: w.detach().clone() for role, w in layer.matrices().items()} for layer in layers]
+
+
+@torch.no_grad()
+def updates(layers: Sequence[Layer], before: Sequence[Mapping[str, Tensor]]) -> Signals:
+    """How far a step moved each head's weights: ||W' - W|| / ||W||, over W_Q, W_K and W_V."""
+    ratios: list[Tensor | None] = []
+    for layer, old in zip(layers, before, strict=False):
+        if not old:
+            ratios.append(None)
+            continue
+        new = layer.matrices()
+        moved = {role: new[role].float() - w.float() for role, w in old.items()}
+        sizes = [
+            summed(layer, roles, lambda w: w.float().square().sum((1, 2))).sqrt()
+            for roles in (moved, old)
         ]
-        norms.append(torch.stack(squares).sum(0).sqrt())
-    return {"gradient_norm": norms}
+        ratios.append(sizes[0] / sizes[1].clamp(min=torch.finfo(torch.float32).tiny))
+    ratios += [None] * (len(layers) - len(ratios))
+    return {"update_ratio": ratios}
 
 
-def times(probes: Sequence[LayerProbe]) -> dict[str, float]:
-    """Microseconds per stage, summed over layers."""
-    stages = ("projection", "attention", "mixing")
-    complete = [probe.times_us for probe in probes if "mixing" in probe.times_us]
-    return {stage: sum(t[stage] for t in complete) for stage in stages} if complete else {}
+@torch.no_grad()
+def rank(x: Tensor) -> tuple[Tensor, Tensor]:
+    """How far a layer's input is from one token, and its stable rank.
+
+    ||X - 1 mean(X)|| / ||X|| and ||X||^2 / sigma_max(X)^2 in Frobenius norms, of the first sequence
+    of x (b, n, c) at up to `TOKENS` evenly spaced tokens.
+    Source: Dong et al., Attention is not all you need, arXiv 2103.03404, section 2.
+    """
+    few = x.reshape(-1, *x.shape[-2:])[0]
+    places = torch.linspace(0, len(few) - 1, min(TOKENS, len(few)), device=x.device).round().long()
+    few = few[places].float()
+    if not few.isfinite().all():
+        return few.new_tensor(torch.nan), few.new_tensor(torch.nan)
+    whole = few.norm().clamp(min=torch.finfo(torch.float32).tiny)
+    greatest = torch.linalg.eigvalsh(few @ few.T)[-1].clamp(min=torch.finfo(torch.float32).tiny)
+    return (few - few.mean(0)).norm() / whole, whole.square() / greatest
+
+
+def times(probes: Mapping[int, LayerProbe]) -> dict[str, float]:
+    """Microseconds per stage, summed over the layers that tell it."""
+    found: dict[str, float] = {}
+    for probe in probes.values():
+        for stage, value in probe.times_us.items():
+            # a clock that was set back says nothing
+            if value >= 0 and stage in ("projection", "attention", "mixing"):
+                found[stage] = found.get(stage, 0.0) + value
+    return found

@@ -48,7 +48,9 @@ class LayerProbe:
         self.device, self.measure, self.hold = device, measure, hold
         self.max_logit: Tensor | None = None
         self.entropy: Tensor | None = None
+        self.redundancy: Tensor | None = None
         self.held: Tensor | None = None
+        self.error: Exception | None = None
         self.times_us: dict[str, float] = {}
         self.tokens = 0
         self._last = 0.0
@@ -62,13 +64,22 @@ class LayerProbe:
             self._last = now
 
     def observe(self, observation: Observation) -> None:
-        """Take statistics; they are no part of the graph unless a head is held."""
+        """Take statistics; they are no part of the graph unless a head is held.
+
+        What goes wrong is kept in `error`: a forward pass does not fail for being watched.
+        """
+        try:
+            self._observe(observation)
+        except Exception as error:  # noqa: BLE001 - raised by the governor after the step
+            self.error = error
+
+    def _observe(self, observation: Observation) -> None:
         query = observation.rating.query
         self.tokens += query.shape[0] * query.shape[-2]
         few = sampled(observation)
         if self.measure and self.max_logit is None:
             with torch.no_grad():
-                self.max_logit, self.entropy = head_statistics(few)
+                self.max_logit, self.entropy, self.redundancy = head_statistics(few)
             # the time of looking is not the time of mixing
             self._last = clock_us(self.device)
         if self.hold and torch.is_grad_enabled():

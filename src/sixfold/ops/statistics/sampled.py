@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,15 +38,37 @@ def sampled(observation: Observation, queries: int = QUERIES) -> Observation:
     return at(Observation(first, Visibility(mask, is_causal), observation.signed), rows)
 
 
-def head_statistics(observation: Observation) -> tuple[Tensor, Tensor]:
-    """Largest logit and normalised entropy of every head, each (h,), in float32.
+def redundancy(weights: Tensor, several: Tensor) -> Tensor:
+    """How much each head is like the other head that is most like it, (h,).
+
+    weights (b, h, n, m); several (b, h, n) is True for the queries that count.
+    """
+    unit = torch.nn.functional.normalize(weights, dim=-1).masked_fill(~several[..., None], 0.0)
+    unit, present = (part.transpose(0, 1).flatten(1) for part in (unit, several.to(unit.dtype)))
+    alike = unit @ unit.T / (present @ present.T).clamp(min=1)
+    own = torch.eye(len(alike), dtype=torch.bool, device=alike.device)
+    return alike.masked_fill(own, 0.0).amax(-1)
+
+
+class HeadStatistics(NamedTuple):
+    """Of every head, each (h,), in float32."""
+
+    largest: Tensor
+    entropy: Tensor
+    redundancy: Tensor
+
+
+def head_statistics(observation: Observation) -> HeadStatistics:
+    """Largest logit, normalised entropy and redundancy of every head.
 
     Where the score has no sign the largest logit says nothing, and its place is taken by the range:
     the largest difference between two logits of one query.
 
     entropy = mean over queries of -sum_j p_j log p_j / log(visible keys), over the queries that see
     at least two keys; 0 is one key, 1 is all alike, and NaN where all that a query sees is -inf.
-    Differentiable. The queries are those of `sampled`; pass one of its results to measure them.
+    redundancy = largest over other heads of the mean over queries of <p_a, p_b> / (|p_a| |p_b|): 1
+    is a head that another repeats, 0 where there is no other. Differentiable. The queries are those
+    of `sampled`; pass one of its results to measure them.
     """
     rating = observation.rating
     with exact(rating.query):
@@ -65,7 +88,9 @@ def head_statistics(observation: Observation) -> tuple[Tensor, Tensor]:
     entropy = -(log_p.exp() * log_p.masked_fill(~seen, 0.0)).sum(-1)
     several = (count > 1) | lost
     share = torch.where(several, entropy / count.clamp(min=2).log(), 0.0)
-    return largest, share.sum(dim=(0, 2)) / several.sum(dim=(0, 2)).clamp(min=1)
+    counted = several.sum(dim=(0, 2)).clamp(min=1)
+    entropy = share.sum(dim=(0, 2)) / counted
+    return HeadStatistics(largest, entropy, redundancy(log_p.exp(), several))
 
 
 def spectra(weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,7 +100,11 @@ def spectra(weights: Tensor) -> tuple[Tensor, Tensor]:
     beyond 1e7 the figure only says "singular".
     """
     wide = weights.detach().double()
-    squared = torch.linalg.eigvalsh(wide @ wide.transpose(-1, -2)).clamp(min=0)
+    gram = wide @ wide.transpose(-1, -2)
+    finite = gram.isfinite().all(-1).all(-1)
+    # LAPACK refuses what is not finite: such a matrix has no singular values
+    squared = torch.linalg.eigvalsh(gram.where(finite[..., None, None], 0.0)).clamp(min=0)
+    squared = squared.where(finite[..., None], torch.nan)
     largest, least = squared[..., -1].sqrt(), squared[..., 0].sqrt()
     floor = largest * math.sqrt(torch.finfo(torch.float64).eps)
     return largest, largest / torch.maximum(least, floor.clamp(min=torch.finfo(torch.float64).tiny))

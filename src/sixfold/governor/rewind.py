@@ -1,0 +1,104 @@
+"""Copies of a run in memory, and the way back to them."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from sixfold.train.checkpoint import random_states, set_random_states
+
+
+class Moment(NamedTuple):
+    """Everything that the next step of a run depends on, but its batch."""
+
+    model: dict[str, Tensor]
+    parts: tuple[dict[str, Any], ...]
+    random: dict[str, Tensor]
+    python: Any
+    training: bool
+
+
+class Rewind:
+    """Keeps copies of a run, and the batches since the oldest of them.
+
+    Args:
+        model: what is trained.
+        parts: whatever else has ``state_dict`` and ``load_state_dict``: optimizer, scheduler,
+            scaler.
+    """
+
+    def __init__(self, model: nn.Module, parts: Sequence[Any]) -> None:
+        self.model, self.parts = model, tuple(parts)
+        self.moments: dict[int, Moment] = {}
+        self.batches: list[tuple[int, Any]] = []
+        self.again: deque[Any] = deque()
+        self.given_up: Moment | None = None
+        self.now = 0
+
+    def data(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The same batches; after a return those that were good come again."""
+        if not self.moments:
+            self.moments[0] = self.copied()
+        for batch in batches:
+            yield self._given(batch)
+            while self.again:
+                yield self._given(self.again.popleft())
+
+    def _given(self, batch: Any) -> Any:
+        self.batches.append((self.now + 1, batch))
+        return batch
+
+    def keep(self, steps: Sequence[int]) -> None:
+        """Have copies of exactly these steps; the one of this moment is made now."""
+        if not self.moments:
+            return
+        for step in steps:
+            if step == self.now and step not in self.moments:
+                self.moments[step] = self.copied()
+        self.moments = {step: self.moments[step] for step in steps if step in self.moments}
+        oldest = min(self.moments, default=self.now)
+        self.batches = [(step, batch) for step, batch in self.batches if step > oldest]
+
+    def copied(self) -> Moment:
+        """A copy of this moment."""
+        return Moment(
+            {name: tensor.clone() for name, tensor in self.model.state_dict().items()},
+            tuple(copy.deepcopy(part.state_dict()) for part in self.parts),
+            random_states(),
+            random.getstate(),
+            self.model.training,
+        )
+
+    def put(self, moment: Moment) -> None:
+        """Make the run what it was, to the bit."""
+        self.model.load_state_dict(moment.model)
+        for part, state in zip(self.parts, moment.parts, strict=True):
+            part.load_state_dict(copy.deepcopy(state))
+        set_random_states(moment.random)
+        random.setstate(moment.python)
+        self.model.train(moment.training)
+
+    def back(self, to: int, since: int) -> None:
+        """Return to after step `to`; the batches before step `since` come again, later ones never.
+
+        Raises KeyError where no copy of that step is kept.
+        """
+        moment = self.moments[to]
+        self.given_up = self.copied()
+        self.put(moment)
+        good = [batch for step, batch in self.batches if to < step < since]
+        self.batches = [(step, batch) for step, batch in self.batches if step <= to]
+        self.again = deque([*good, *self.again])
+
+    def forward(self) -> None:
+        """Return to the run that was given up; batches already repeated are not taken back."""
+        if self.given_up is None:
+            raise RuntimeError("there is no run to return to: nothing was given up")
+        self.put(self.given_up)
+        self.given_up = None
+        self.again.clear()

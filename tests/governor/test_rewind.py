@@ -1,0 +1,130 @@
+"""Rolling back: to the bit the run that never saw the bad batches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from plain import batches, made, move
+
+from sixfold import LeadMetaArchitect
+from sixfold.contracts import WHOLE
+from sixfold.governor.limits import ActionLimits, AlarmLimits, Limits
+from sixfold.governor.protocols.rollback import Rollback
+from sixfold.governor.rewind import Rewind
+
+LIMITS = Limits(
+    AlarmLimits(loss_ratio=1.5, loss_patience=4, finite=True), ActionLimits(snapshot_every=5)
+)
+
+
+def scheduled(optimizer):
+    return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.98)
+
+
+def ruin(model, optimizer):
+    """What a broken batch does: huge weights, though every gradient is finite."""
+    with torch.no_grad():
+        model.head.weight.mul_(200)
+
+
+def governed(steps, bad, limits=LIMITS):
+    """A governed run whose batches at the places `bad` ruin it; and the places it trained on."""
+    model, optimizer = made()
+    scheduler = scheduled(optimizer)
+    governor = LeadMetaArchitect(model, optimizer, limits=limits, every=2, scheduler=scheduler)
+    order, seen = [], []
+    for place, tokens in governor.data(enumerate(batches(steps))):
+        order.append(place)
+        spoil = ruin if place in bad else None
+        seen.append(move(model, optimizer, tokens, governor, spoil, scheduler))
+    governor.detach()
+    return model, optimizer, scheduler, order, seen
+
+
+def alone(places, steps):
+    """A run without a governor that sees only these batches."""
+    model, optimizer = made()
+    scheduler, given = scheduled(optimizer), batches(steps)
+    for place in places:
+        move(model, optimizer, given[place], scheduler=scheduler)
+    return model, optimizer, scheduler
+
+
+def changes(seen, name):
+    applied = (item.change for step in seen for item in step.decisions.applied)
+    return [change for change in applied if change.name == name]
+
+
+def same(ours, theirs):
+    """Whether two runs stand at the same point, to the bit."""
+    for (name, a), b in zip(
+        ours[0].state_dict().items(), theirs[0].state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b), name
+    moments = [run[1].state_dict()["state"].values() for run in (ours, theirs)]
+    for mine, other in zip(*moments, strict=True):
+        assert all(torch.equal(mine[key], other[key]) for key in mine)
+    assert ours[2].state_dict() == theirs[2].state_dict()
+
+
+def test_after_a_rollback_the_run_is_one_that_never_saw_the_bad_batches():
+    *run, order, seen = governed(40, bad={13})
+    assert changes(seen, "rollback") == [
+        Rollback(WHOLE, 10, 14, changes(seen, "rollback")[0].expects)
+    ]
+    # place 13 is step 14; the loss shows it at step 15, and at step 19 that has lasted 4 steps
+    assert order == [*range(19), 10, 11, 12, *range(19, 40)]
+    same(run, alone([*range(13), *range(19, 40)], 40))
+
+
+def test_a_second_failure_goes_back_again():
+    *run, _order, seen = governed(60, bad={13, 40})
+    assert len(changes(seen, "rollback")) == 2
+    same(run, alone([*range(13), *range(19, 40), *range(46, 60)], 60))
+
+
+def test_a_failed_promise_returns_to_the_run_that_was_given_up():
+    model, optimizer = made()
+    rewind = Rewind(model, (optimizer,))
+    feed = rewind.data(batches(9))
+    for step in range(1, 7):
+        move(model, optimizer, next(feed))
+        rewind.now = step
+        rewind.keep((0, step) if step == 3 else tuple(rewind.moments))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    rewind.back(3, 5)
+    assert not torch.equal(model.state_dict()["head.weight"], state["head.weight"])
+    rewind.forward()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    with pytest.raises(RuntimeError, match="nothing was given up"):
+        rewind.forward()
+
+
+def test_without_data_there_is_no_rollback_and_an_honest_stop():
+    model, optimizer = made()
+    limits = Limits(LIMITS.alarms, ActionLimits(stop_after=6))
+    governor = LeadMetaArchitect(model, optimizer, limits=limits, every=2)
+    seen = [
+        move(model, optimizer, tokens, governor, ruin if place == 5 else None)
+        for place, tokens in enumerate(batches(40))
+    ]
+    assert not changes(seen, "rollback")
+    stops = [step for step in seen if step.stop is not None]
+    assert stops[0].stop.startswith("the loss is worse than when training began")
+    assert any(row["kind"] == "stop" for row in governor.journal)
+
+
+def test_only_calm_moments_are_kept():
+    *_, seen = governed(40, bad={13})
+    kept = [step.decisions.copies for step in seen]
+    assert kept[0] == (0,)
+    assert kept[9] == (0, 5, 10)
+    assert 15 not in kept[20]
+    assert all(len(copies) <= 3 for copies in kept)
+
+
+def test_a_healthy_run_keeps_its_bits_while_copies_are_made():
+    model, optimizer, scheduler, order, seen = governed(30, bad=set())
+    assert order == list(range(30))
+    assert not any(step.decisions.alarms or step.decisions.applied for step in seen)
+    same((model, optimizer, scheduler), alone(range(30), 30))
