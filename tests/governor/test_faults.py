@@ -115,7 +115,7 @@ def test_several_parameter_groups():
         ]
     )
     governor = LeadMetaArchitect(model, optimizer, every=1)
-    governor.shield = 1
+    governor.shields["lr"] = 1
     seen = train(model, optimizer, governor)
     assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 1e-3]
     assert seen[-1].snapshot.scalars["gradient_norm"] > 0

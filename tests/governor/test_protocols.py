@@ -100,9 +100,8 @@ def test_a_shield_divides_what_the_optimizer_sees_and_leaves_the_schedule():
         model, optimizer = made(0.04 if not shielded else 0.16)
         governor = LeadMetaArchitect(model, optimizer)
         if shielded:
-            actions = ActionLimits(shield_to=0.25)
             alarm = Alarm(1, "critical", "update_ratio", HEAD, 1.0, 0.3)
-            change = learning_rate_shield.build(alarm, actions)
+            change = learning_rate_shield.build(alarm, 1.5, ActionLimits())
             assert (change.target, change.power) == (WHOLE, 2)
             change.apply(governor)
         for tokens in given:
@@ -120,7 +119,7 @@ def test_a_learning_rate_that_is_too_hot_is_shielded():
         move(model, optimizer, tokens, governor)
     changes = [row for row in governor.journal if row["kind"] == "change"]
     assert changes[0]["name"] == "learning_rate_shield"
-    assert governor.shield > 0
+    assert governor.shields["lr"] > 0
     ratios = [s.signals["update_ratio"] for s in governor.telemetry.history]
     assert min(ratios[0][0]) > 0.3
     governor.detach()

@@ -15,6 +15,8 @@ REMEMBERED = 32
 """Samples a head is compared with: at the default pace, the last 320 steps."""
 SHORT = 3
 """Samples that a ratio must last."""
+FALLS = 5
+"""Samples in a row in which weights must fall."""
 STEPS = 64
 """Losses that are remembered, one a step."""
 CRISIS = 100
@@ -36,7 +38,11 @@ class Alarm(NamedTuple):
 
 @dataclass(frozen=True)
 class Memory:
-    """What rules compare with: the last samples of signals, the last losses; and what is raised."""
+    """What rules compare with, and what is raised.
+
+    The last samples of signals, the last losses, norms of all weights with their steps, shares of
+    the smallest gradient; since when the loss has been worse than at the start.
+    """
 
     logits: tuple[PerHead, ...] = ()
     entropies: tuple[PerHead, ...] = ()
@@ -45,6 +51,8 @@ class Memory:
     losses: tuple[float, ...] = ()
     first_loss: float | None = None
     worse_since: int | None = None
+    weights: tuple[tuple[int, float], ...] = ()
+    shares: tuple[float, ...] = ()
     best_speed: float = 0.0
     critical_at: int | None = None
     raised: frozenset[tuple[str, str, int, int]] = frozenset()
@@ -93,6 +101,11 @@ def remember(memory: Memory, snapshot: Snapshot, limits: AlarmLimits) -> dict[st
         worse = not loss <= limits.loss_ratio * first
         since = snapshot.step if memory.worse_since is None else memory.worse_since
         found["worse_since"] = since if worse else None
+    if "weight_norm" in snapshot.scalars:
+        now = (snapshot.step, snapshot.scalars["weight_norm"])
+        found["weights"] = (*memory.weights, now)[-FALLS - 1 :]
+    if "gradient_share" in snapshot.scalars:
+        found["shares"] = (*memory.shares, snapshot.scalars["gradient_share"])[-SHORT:]
     speed = snapshot.scalars.get("tokens_per_s", 0.0)
     return found | {"best_speed": max(memory.best_speed, speed)}
 
@@ -139,6 +152,8 @@ def cleared(key: tuple[str, str, int, int], snapshot: Snapshot, limits: AlarmLim
     level, signal, layer, head = key
     if (layer, head) == WHOLE and signal in ("loss", "gradient_norm"):
         return True
+    if (layer, head) == WHOLE and signal in ("update_ratio", "weight_norm", "weight_growth"):
+        return "weight_norm" in snapshot.scalars
     if signal != "max_logit":
         return any(
             signal in found for found in (snapshot.signals, snapshot.scalars, snapshot.times_us)
@@ -165,4 +180,6 @@ def load_memory(values: Mapping[str, Any]) -> Memory:
         (level, signal, layer, head) for level, signal, layer, head in values["raised"]
     )
     series = {name: frozen(values[name]) for name in SERIES}
-    return Memory(**{**values, **series, "losses": tuple(values["losses"]), "raised": raised})
+    plain = {name: tuple(values[name]) for name in ("losses", "shares")}
+    plain |= {"weights": tuple((step, norm) for step, norm in values["weights"])}
+    return Memory(**{**values, **series, **plain, "raised": raised})

@@ -126,6 +126,7 @@ class LeadMetaArchitect:
         self.records = journal.Logs(folder, positions or {})
         self.state, self.now = State(), 0
         self.terms: dict[HeadId, tuple[float, float]] = {}
+        self._norm: float | None = None
         self.kept: dict[tuple[str, HeadId], list[Tensor]] = {}
         self.generator = torch.Generator().manual_seed(0)
         parts = [part for part in (optimizer, scheduler, scaler) if part is not None]
@@ -167,15 +168,14 @@ class LeadMetaArchitect:
         return not self._resting and self.now % every == 0
 
     @property
-    def shield(self) -> int:
-        """By how many powers of two the learning rate is divided."""
-        return 0 if self.guard is None else self.guard.shield
+    def shields(self) -> dict[str, int]:
+        """By how many powers of two ``lr`` and ``weight_decay`` are divided in each step.
 
-    @shield.setter
-    def shield(self, power: int) -> None:
+        Raises ValueError where no optimizer was given.
+        """
         if self.guard is None:
-            raise ValueError("a learning-rate shield needs the optimizer: give it at attach")
-        self.guard.shield = power
+            raise ValueError("a shield needs the optimizer: give it at attach")
+        return self.guard.shields
 
     # ------------------------------------------------------------ during a step
 
@@ -184,6 +184,7 @@ class LeadMetaArchitect:
         self._measured: collect.Signals = {}
         self._inputs: dict[int, tuple[Tensor, Tensor]] = {}
         self._weights: list[dict[str, Tensor]] = []
+        self._whole: collect.Whole | None = None
         self._times: dict[str, float] = {}
         self._gradient_norm: float | None = None
         self._error: Exception | None = None
@@ -246,6 +247,7 @@ class LeadMetaArchitect:
                 self._times["gradient"] = clock_us(self.device) - self._forward_ended
                 self._measured |= collect.gradients(self.layers)
                 self._weights = collect.copies(self.layers)
+                self._whole = collect.Whole(self.guard.optimizer)
             except Exception as error:  # noqa: BLE001 - raised, and told, after the step
                 self._error = error
         return skips(gradient_norm, self.limits)
@@ -338,6 +340,11 @@ class LeadMetaArchitect:
             scalars["gradient_norm"] = self._gradient_norm
         if self.optimizer is not None:
             scalars["learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
+        if self._whole is not None:
+            scalars |= self._whole.moved()
+            if self._norm and scalars.get("weight_norm"):
+                scalars["weight_growth"] = scalars["weight_norm"] / self._norm
+            self._norm = scalars.get("weight_norm")
         found = Snapshot(now, value, {}, scalars, {})
         if sampled and self.layers:
             found = self._sample(found)
@@ -492,7 +499,8 @@ class LeadMetaArchitect:
     @contextmanager
     def trying(self, change: Change) -> Iterator[None]:
         """A change is in force inside; what it did to the weights is the caller's to restore."""
-        terms, shield = dict(self.terms), self.shield
+        terms = dict(self.terms)
+        shields = {} if self.guard is None else dict(self.guard.shields)
         change.apply(self)
         self._arm()
         try:
@@ -500,7 +508,7 @@ class LeadMetaArchitect:
         finally:
             self.terms = terms
             if self.guard is not None:
-                self.guard.shield = shield
+                self.guard.shields = shields
             self._arm()
 
     @contextmanager
@@ -533,16 +541,20 @@ class LeadMetaArchitect:
         return {
             "now": self.now,
             "state": state_dict(self.state),
+            "weight_norm": self._norm,
             "terms": [[*target, *term] for target, term in self.terms.items()],
-            "shield": self.shield,
+            "shields": {} if self.guard is None else dict(self.guard.shields),
+            "bound": None if self.guard is None else self.guard.bound,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`. Copies of the run did not outlive the process."""
         self.now, self.state = state["now"], replace(load_state(state["state"]), snapshots=())
         self.terms = {HeadId(layer, head): (floor, c) for layer, head, floor, c in state["terms"]}
+        self._norm = state["weight_norm"]
         if self.guard is not None:
-            self.guard.shield = state["shield"]
+            self.guard.shields |= state["shields"]
+            self.guard.bound = state["bound"]
         self.journal.extend(self.records.journal())
         self._arm()
 

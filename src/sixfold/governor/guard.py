@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 
 class Guard:
-    """Hooks of an optimizer: the norm of all gradients, skipped steps, shielded rates.
+    """Hooks of an optimizer: the norm of all gradients, skipped or bounded steps, shields.
+
+    A shield divides a setting of every parameter group by a power of two inside the optimizer's
+    step alone: whoever schedules it, or looks, finds what they set.
 
     Args:
         optimizer: what moves the weights.
@@ -19,8 +21,9 @@ class Guard:
 
     def __init__(self, optimizer: torch.optim.Optimizer, before: Callable[[float], bool]) -> None:
         self.optimizer, self.before = optimizer, before
-        self.shield = 0
-        self._rates: list[float | Tensor] = []
+        self.shields = {"lr": 0, "weight_decay": 0}
+        self.bound: float | None = None
+        self._usual: list[dict[str, Any]] = []
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -33,15 +36,19 @@ class Guard:
         if self.before(norm):
             for parameter in parameters:
                 parameter.grad = None
-        if self.shield:
-            self._rates = [group["lr"] for group in optimizer.param_groups]
-            for group in optimizer.param_groups:
-                group["lr"] = group["lr"] * 2.0**-self.shield
+        elif self.bound is not None and norm > self.bound:
+            torch._foreach_mul_(gradients, self.bound / norm)
+        up = {name: power for name, power in self.shields.items() if power}
+        self._usual = [
+            {name: group[name] for name in up if name in group} for group in optimizer.param_groups
+        ]
+        for group, usual in zip(optimizer.param_groups, self._usual, strict=True):
+            group.update({name: value * 2.0 ** -up[name] for name, value in usual.items()})
 
     def _after(self, optimizer: torch.optim.Optimizer, *unused: Any) -> None:  # noqa: ARG002
-        for group, rate in zip(optimizer.param_groups, self._rates, strict=False):
-            group["lr"] = rate
-        self._rates = []
+        for group, usual in zip(optimizer.param_groups, self._usual, strict=False):
+            group.update(usual)
+        self._usual = []
 
     def remove(self) -> None:
         """Let go of the optimizer."""

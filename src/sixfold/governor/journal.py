@@ -21,7 +21,8 @@ from sixfold.record import Log
 TELEMETRY, JOURNAL = "telemetry.jsonl", "journal.jsonl"
 SIGNALS = (
     "max_logit", "entropy", "gradient_norm", "gradient_mean", "update_ratio", "rank_distance",
-    "condition_q", "condition_k", "condition_v", "loss", "mixing", "tokens_per_s",
+    "condition_q", "condition_k", "condition_v", "weight_norm", "weight_growth", "gradient_share",
+    "loss", "mixing", "tokens_per_s",
 )  # fmt: skip
 """What an alarm can be about."""
 

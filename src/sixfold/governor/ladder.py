@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple, TypeGuard
 
 from sixfold.contracts import WHOLE, Change, HeadId, Snapshot
@@ -11,7 +13,9 @@ from sixfold.governor import alarms
 from sixfold.governor.alarms import Alarm, Memory
 from sixfold.governor.limits import Limits
 from sixfold.governor.protocols import (
+    decay_shield,
     entropy_term,
+    gradient_clip,
     gradient_skip,
     head_reset,
     learning_rate_shield,
@@ -30,9 +34,19 @@ PROTOCOLS: dict[str, type] = {
     "perturbation": perturbation.Perturbation,
     "head_reset": head_reset.HeadReset,
     "learning_rate_shield": learning_rate_shield.LearningRateShield,
+    "decay_shield": decay_shield.DecayShield,
+    "gradient_clip": gradient_clip.GradientClip,
     "gradient_skip": gradient_skip.GradientSkip,
     "rollback": rollback.Rollback,
 }
+
+
+LOST = 1.0
+"""Part of themselves that one step may move weights by before they count as lost."""
+CROWD, CROWD_POWER = 0.25, 2
+"""Share of all heads that have to be clipped for the learning rate to be at fault."""
+EXPLODED = 1e3
+"""Norm of all gradients that no loss of a mean has."""
 
 
 class Situation(NamedTuple):
@@ -103,11 +117,22 @@ def large_logit(now: Situation) -> Change | None:
     soft = now.made("qk_clip", "entropy_term", "temperature")
     if soft >= actions.hard_after:
         return hard(now)
+    if crowd(now):
+        return learning_rate_shield.build(now.alarm, CROWD_POWER, actions)
     terms = now.made("entropy_term")
     if now.made("qk_clip") < actions.clips_before_entropy * (terms + 1):
         returned = sum(change.power for change in now.undone if is_clip_of(change, head))
         return qk_clip.build(head, value * 2.0**returned, actions.clip_to, actions.within)
     return low_entropy(now)
+
+
+def crowd(now: Situation) -> bool:
+    """Whether so many heads were clipped of late that no head but the learning rate is at fault."""
+    since = now.alarm.step - alarms.CRISIS
+    clipped = {head for when, name, head in now.history if name == "qk_clip" and when > since}
+    shielded = any(change.name == "learning_rate_shield" for change in now.pending)
+    heads = sum(map(len, now.snapshot.signals["max_logit"]))
+    return not shielded and len(clipped) >= max(2, heads * CROWD)
 
 
 def low_entropy(now: Situation) -> Change | None:
@@ -145,8 +170,55 @@ def dead_head(now: Situation) -> Change | None:
 
 
 def too_hot(now: Situation) -> Change | None:
-    """Shield the model from its learning rate."""
-    return learning_rate_shield.build(now.alarm, now.limits.actions)
+    """Shield the model from its learning rate, or from gradients that are out of all proportion.
+
+    Weights that one step has moved by more than themselves are lost: they are gone back from.
+    """
+    lost = not now.alarm.value <= LOST
+    exploded = now.snapshot.scalars.get("gradient_norm", 0.0) > EXPLODED
+    if lost and exploded and not now.made("gradient_clip"):
+        return gradient_clip.build(now.limits.actions.within)
+    if lost:
+        change = back(now)
+        if change is not None or not math.isfinite(now.alarm.value):
+            return change
+    power = math.log2(now.alarm.value / now.limits.actions.shield_to)
+    return learning_rate_shield.build(now.alarm, power, now.limits.actions)
+
+
+def growing(now: Situation) -> Change | None:
+    """Weights that grow this fast are moved too far: by sqrt(g^2 - 1) of themselves a sample."""
+    moved = math.sqrt(now.alarm.value**2 - 1)
+    power = math.log2(moved / now.limits.actions.shield_growth)
+    return learning_rate_shield.build(now.alarm, power, now.limits.actions)
+
+
+def moved_by_themselves(now: Situation) -> Change | None:
+    """Weights that jumped go back to where they were; weights that fade are shielded from decay."""
+    if not now.alarm.value <= now.alarm.limit:
+        return back(now)
+    return decay_shield.build(now.alarm, now.limits.actions)
+
+
+def lowered(change: Change) -> Change | None:
+    """What takes the place of a change whose time is over: a shield half as strong."""
+    if not isinstance(change, learning_rate_shield.LearningRateShield) or change.power == 1:
+        return None
+    return replace(change, power=change.power - 1)
+
+
+def still_needed(change: Change, snapshot: Snapshot, memory: Memory, limits: Limits) -> bool:
+    """Whether a change whose time is over would be made again if it ended."""
+    if change.name != "learning_rate_shield" or limits.alarms.update_ratio is None:
+        return False
+    ratios = (
+        [statistics.median(heads) for heads in memory.updates[-1] if heads]
+        if memory.updates
+        else []
+    )
+    whole = snapshot.scalars.get("update_ratio")
+    ratios += [] if whole is None else [whole]
+    return bool(ratios) and max(ratios) * 2.0**change.power > 0.5 * limits.alarms.update_ratio
 
 
 def worse_than_ever(now: Situation) -> Change | None:
@@ -158,9 +230,12 @@ def back(now: Situation) -> Change | None:
     """Roll back to a copy that is older than the first sign of trouble, if there is one."""
     actions = now.limits.actions
     done = sum(name == "rollback" for _, name, _ in now.history)
-    sign = now.memory.worse_since
+    sign = now.alarm.step if now.memory.worse_since is None else now.memory.worse_since
+    if now.alarm.signal == "weight_norm" and len(now.memory.weights) > 1:
+        # somewhere since the sample before
+        sign = min(sign, now.memory.weights[-2][0] + 1)
     # a loss shows what the step before it did
-    since = (now.alarm.step if sign is None else sign) - actions.margin
+    since = sign - actions.margin
     old = [step for step in now.copies if step < since]
     if done >= actions.rollbacks or not old:
         return None
@@ -174,6 +249,8 @@ ANSWERS: dict[str, Callable[[Situation], Change | None]] = {
     "entropy": low_entropy,
     "gradient_norm": dead_head,
     "update_ratio": too_hot,
+    "weight_norm": moved_by_themselves,
+    "weight_growth": growing,
     "loss": worse_than_ever,
 }
 """By the signal that alarms; others are only told."""
@@ -191,8 +268,10 @@ REASONS = {
     "learning rate is too high",
     "rank_distance": "all tokens have become one at the input of this layer: the stack loses rank, "
     "as one without skip connections does",
-    "gradient_share": "gradients vanish on their way to this layer: look at its activations and "
+    "gradient_share": "gradients vanish on their way through the layers: look at activations and "
     "initial weights",
+    "weight_growth": "the weights grow too fast: the learning rate is too high",
+    "weight_norm": "the weights fade away: weight decay times learning rate is too large",
     "max_logit": "attention logits grow without end",
     "entropy": "attention has collapsed",
 }

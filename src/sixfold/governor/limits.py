@@ -23,8 +23,13 @@ class AlarmLimits:
         gradient_mean: smallest mean magnitude of a head's gradients.
         dead_samples: samples in a row in which nothing reaches a head's weights while it does reach
             others: a dead head.
-        update_ratio: share of a layer's attention weights that one step moves, median over its
-            heads, over three samples: a learning rate that is too hot.
+        update_ratio: share of a layer's attention weights, or of all weights, that one step moves:
+            a learning rate that is too hot.
+        weight_growth: factor between two samples by which all weights together may grow before the
+            learning rate is too hot.
+        weight_jump: factor at which they count as lost.
+        weight_fall: share that they may lose from one sample to the next, five times in a row.
+        gradient_share: smallest gradient of a weight matrix over the largest, three samples long.
         rank_distance: part of a layer's input that is not the mean token; below it all tokens are
             one.
         loss_ratio: loss over the first loss, for `loss_patience` steps: a run that is worse than
@@ -50,6 +55,10 @@ class AlarmLimits:
     gradient_mean: float | None = None
     dead_samples: int | None = None
     update_ratio: float | None = None
+    weight_growth: float | None = None
+    weight_jump: float | None = None
+    weight_fall: float | None = None
+    gradient_share: float | None = None
     rank_distance: float | None = None
     loss_ratio: float | None = None
     loss_patience: int = 20
@@ -73,8 +82,10 @@ class ActionLimits:
         clips_before_entropy: clips of one head before its entropy is held as well.
         entropy_coefficient: weight of the entropy term, nats of loss per unit of entropy.
         entropy_steps: how long an entropy term stays.
-        shield_to: update ratio that a learning-rate shield brings back, by a power of two.
-        shield_steps: how long a shield stays.
+        shield_to: update ratio to which a learning-rate shield goes, by a power of two.
+        shield_growth: displacement of all weights between two samples, over their norm, to which it
+            goes.
+        shield_steps: how long a shield stays before it is taken down by a factor of two.
         budget: changes per head in one run.
         hard_after: changes of one head before its weights are touched.
         rollbacks: rollbacks in one run.
@@ -89,7 +100,8 @@ class ActionLimits:
     clips_before_entropy: int = 3
     entropy_coefficient: float = 0.05
     entropy_steps: int = 200
-    shield_to: float = 0.1
+    shield_to: float = 0.025
+    shield_growth: float = 0.05
     shield_steps: int = 200
     budget: int = 64
     hard_after: int = 16
@@ -128,7 +140,8 @@ PRESETS = {
     "default": Limits(
         AlarmLimits(
             logit_warning=50.0, logit_critical=100.0, entropy_ratio=0.5, dead_samples=3,
-            update_ratio=0.3, rank_distance=1e-3, loss_ratio=1.5, loss_spike=10.0, finite=True,
+            update_ratio=0.2, weight_growth=1.15, weight_jump=3.0, weight_fall=0.02,
+            gradient_share=1e-6, rank_distance=1e-3, loss_ratio=1.5, loss_spike=10.0, finite=True,
         ),
     ),
     # the first published rule set: kept to be compared with, it warns on healthy runs

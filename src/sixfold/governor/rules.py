@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator
+from itertools import pairwise
 
 from sixfold.contracts import WHOLE, HeadId, Snapshot, layer_of
-from sixfold.governor.alarms import SHORT, STEPS, Alarm, Memory, history, own_median
+from sixfold.governor.alarms import FALLS, SHORT, STEPS, Alarm, Memory, history, own_median
 from sixfold.governor.limits import AlarmLimits
 
 
@@ -115,9 +116,8 @@ def gradient_rules(memory: Memory, snapshot: Snapshot, limits: AlarmLimits) -> I
             yield Alarm(snapshot.step, "warning", "gradient_norm", head, value, limit)
         if limits.dead_samples is not None and value == 0.0:
             past = history(memory, "gradient_norm", head)[-(limits.dead_samples - 1) :]
-            others = snapshot.signals["gradient_norm"][head.layer]
             dead = len(past) == limits.dead_samples - 1 and not any(past)
-            if dead and max(others) > 0.0:
+            if dead and snapshot.scalars.get("gradient_norm", 0.0) > 0.0:
                 yield Alarm(snapshot.step, "critical", "gradient_norm", head, value, 0.0)
     if limits.gradient_mean is not None:
         for head, value in per_head(snapshot, "gradient_mean"):
@@ -127,23 +127,48 @@ def gradient_rules(memory: Memory, snapshot: Snapshot, limits: AlarmLimits) -> I
 
 
 def update_rules(memory: Memory, snapshot: Snapshot, limits: AlarmLimits) -> Iterator[Alarm]:
-    """Layers whose attention weights a step moves too far, three samples long."""
-    layers = snapshot.signals.get("update_ratio", ())
-    for number, heads in enumerate(layers):
-        past = [sample[number] for sample in memory.updates[-(SHORT - 1) :] if sample[number]]
-        if limits.update_ratio is not None and heads and len(past) == SHORT - 1:
-            least = min(statistics.median(sample) for sample in (*past, heads))
-            if least > limits.update_ratio:
-                where = layer_of(number)
-                yield Alarm(
-                    snapshot.step, "critical", "update_ratio", where, least, limits.update_ratio
-                )
+    """Weights that a step moves too far, layer by layer or all together."""
+    step, limit = snapshot.step, limits.update_ratio
+    if limit is not None:
+        whole = snapshot.scalars.get("update_ratio", 0.0)
+        if not whole <= limit:
+            yield Alarm(step, "critical", "update_ratio", WHOLE, whole, limit)
+        for number, heads in enumerate(snapshot.signals.get("update_ratio", ())):
+            if heads and not statistics.median(heads) <= limit:
+                ratio = statistics.median(heads)
+                yield Alarm(step, "critical", "update_ratio", layer_of(number), ratio, limit)
     if limits.weight_update is not None:
         least, most = limits.weight_update
         for head, value in per_head(snapshot, "update_ratio"):
             if not least <= value <= most:
-                limit = least if value < least else most
-                yield Alarm(snapshot.step, "warning", "update_ratio", head, value, limit)
+                bound = least if value < least else most
+                yield Alarm(step, "warning", "update_ratio", head, value, bound)
+    yield from norm_rules(memory, snapshot, limits)
+
+
+def norm_rules(memory: Memory, snapshot: Snapshot, limits: AlarmLimits) -> Iterator[Alarm]:
+    """Weights that jump, or that fade away; gradients that vanish on their way."""
+    step, now = snapshot.step, snapshot.scalars.get("weight_norm")
+    past = [norm for _, norm in memory.weights]
+    if now is not None and past and limits.weight_jump is not None:
+        limit = limits.weight_jump * past[-1]
+        if not now <= limit:
+            yield Alarm(step, "critical", "weight_norm", WHOLE, now, limit)
+            return
+    growth = snapshot.scalars.get("weight_growth")
+    if growth is not None and limits.weight_growth is not None and growth > limits.weight_growth:
+        yield Alarm(step, "critical", "weight_growth", WHOLE, growth, limits.weight_growth)
+    if now is not None and len(past) >= FALLS and limits.weight_fall is not None:
+        line = [*past[-FALLS:], now]
+        falls = [later / max(earlier, 1e-30) for earlier, later in pairwise(line)]
+        if max(falls) < 1 - limits.weight_fall:
+            limit = (1 - limits.weight_fall) * past[-1]
+            yield Alarm(step, "critical", "weight_norm", WHOLE, now, limit)
+    share = snapshot.scalars.get("gradient_share")
+    if share is not None and limits.gradient_share is not None:
+        shares = (*memory.shares[-(SHORT - 1) :], share)
+        if len(shares) == SHORT and max(shares) < limits.gradient_share:
+            yield Alarm(step, "critical", "gradient_share", WHOLE, share, limits.gradient_share)
 
 
 def matrix_rules(snapshot: Snapshot, limits: AlarmLimits) -> Iterator[Alarm]:

@@ -91,6 +91,7 @@ class Decisions(NamedTuple):
     stop: str | None = None
 
 
+OVER = "its time is over"
 KEPT = 3
 """Copies of a run that are kept for rolling back."""
 
@@ -104,8 +105,15 @@ def step(state: State, snapshot: Snapshot, limits: Limits) -> tuple[State, Decis
     present = rules.alarms(state.memory, snapshot, limits.alarms)
     memory, raised, troubled = alarms.judge(state.memory, snapshot, present, limits.alarms)
     pending, judged = verdicts(state.pending, snapshot)
-    pending, undone = endings(pending, judged, snapshot.step)
+    pending, undone = endings(pending, judged, snapshot, memory, limits)
     count, applied, history, helpless = state.count, [], state.history, None
+    for old in undone:
+        weaker = ladder.lowered(old.change) if old.reason == OVER else None
+        if weaker is not None:
+            count += 1
+            told = Alarm(snapshot.step, "notice", "learning_rate", weaker.target, 0.0, 0.0)
+            applied.append(Applied(count, weaker, told))
+            pending = [*pending, Pending(count, weaker, snapshot.step, held=True)]
     for alarm in troubled:
         situation = ladder.Situation(
             alarm, memory, snapshot, history, tuple(p.change for p in pending),
@@ -134,7 +142,10 @@ def patience(
     if helpless is None or not limits.acting:
         return None, None
     since = now if state.helpless_since is None else state.helpless_since
-    if now - since < limits.actions.stop_after and math.isfinite(helpless.value):
+    actions = limits.actions
+    # a model of NaN does not come back by itself
+    patience = actions.stop_after if math.isfinite(helpless.value) else actions.within
+    if now - since < patience:
         return since, None
     return since, ladder.diagnosis(helpless, state.history)
 
@@ -187,17 +198,24 @@ def verdicts(
 
 
 def endings(
-    pending: list[Pending], judged: tuple[Judged, ...], now: int
+    pending: list[Pending],
+    judged: tuple[Judged, ...],
+    snapshot: Snapshot,
+    memory: Memory,
+    limits: Limits,
 ) -> tuple[list[Pending], tuple[Undone, ...]]:
     """Take back what failed and what has run its time; forget what held and is done."""
+    now = snapshot.step
     failed = {verdict.number for verdict in judged if not verdict.evidence.held}
     left, undone = [], []
     for item in pending:
         over = item.change.lasts is not None and now >= item.step + item.change.lasts
-        if item.number in failed:
+        if over and ladder.still_needed(item.change, snapshot, memory, limits):
+            left.append(replace(item, step=now))
+        elif item.number in failed:
             undone.append(Undone(item.number, item.change, "it did not do what it promised"))
         elif over:
-            undone.append(Undone(item.number, item.change, "its time is over"))
+            undone.append(Undone(item.number, item.change, OVER))
         elif item.held is None or item.change.lasts is not None:
             left.append(item)
     return left, tuple(undone)

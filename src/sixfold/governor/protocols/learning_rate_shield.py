@@ -1,7 +1,7 @@
 """Move the weights by a smaller learning rate than the schedule's, for a while.
 
 rate <- rate / 2^power in the optimizer's own step alone: the schedule goes on undisturbed, and when
-the shield ends it is what it would have been.
+the shield ends it is what it would have been. It is taken down by halves.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ class LearningRateShield:
 
     def apply(self, subject: Any) -> None:
         """Put the shield up."""
-        subject.shield += self.power
+        subject.shields["lr"] += self.power
 
     def undo(self, subject: Any) -> None:
         """Take it down."""
-        subject.shield -= self.power
+        subject.shields["lr"] -= self.power
 
 
-def build(alarm: Alarm, actions: ActionLimits) -> LearningRateShield:
-    """The shield that brings the update ratio of `alarm` to its bound or just below."""
-    power = max(1, math.ceil(math.log2(alarm.value / actions.shield_to)))
-    expects = Expectation(alarm.signal, alarm.target, "fall", alarm.limit, 2 * actions.within)
-    return LearningRateShield(WHOLE, power, actions.shield_steps, expects)
+def build(alarm: Alarm, power: float, actions: ActionLimits) -> LearningRateShield:
+    """Learning rates over 2**power or more; the signal that alarmed must then fall."""
+    bound = alarm.value if alarm.signal == "max_logit" else alarm.limit
+    expects = Expectation(alarm.signal, alarm.target, "fall", bound, 2 * actions.within)
+    return LearningRateShield(WHOLE, max(1, math.ceil(power)), actions.shield_steps, expects)

@@ -23,6 +23,9 @@ UNITS = {
     "gradient_mean": "loss per unit weight",
     "update_ratio": "1 (of the weight's norm)",
     "rank_distance": "1 (of the input's norm)",
+    "weight_norm": "1",
+    "weight_growth": "1 (of the sample before)",
+    "gradient_share": "1 (of the largest)",
     "stable_rank": "1",
     "times_us": "microseconds",
     "tokens_per_s": "tokens/s",
@@ -96,10 +99,52 @@ def summed(layer: Layer, roles: Mapping[str, Tensor], of: object) -> Tensor:
     return torch.stack([per_query_head(of(g), layer.num_heads) for g in roles.values()]).sum(0)
 
 
+class Whole:
+    """All weights of an optimizer just before it moves them.
+
+    Attributes:
+        gradient_share: smallest root mean square of a matrix's gradient over the largest.
+    """
+
+    @torch.no_grad()
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.parameters = [
+            p for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+        ]
+        self.before = [p.detach().clone() for p in self.parameters]
+        matrices = [p.grad for p in self.parameters if p.ndim > 1]
+        norms = torch.stack(torch._foreach_norm(matrices)).tolist() if matrices else []
+        sizes = [norm / g.numel() ** 0.5 for norm, g in zip(norms, matrices, strict=True)]
+        reached = [size for size in sizes if size > 0]
+        self.gradient_share = min(reached) / max(reached) if reached else None
+
+    @torch.no_grad()
+    def moved(self) -> dict[str, float]:
+        """||W' - W|| / ||W||, ||W'|| and the share of the smallest gradient, of all together."""
+        if not self.parameters:
+            return {}
+        old = float(torch.nn.utils.get_total_norm(self.before))
+        new = float(torch.nn.utils.get_total_norm([p.detach() for p in self.parameters]))
+        torch._foreach_sub_(self.before, [p.detach() for p in self.parameters])
+        step = float(torch.nn.utils.get_total_norm(self.before))
+        found = {"update_ratio": step / max(old, 1e-30), "weight_norm": new}
+        if self.gradient_share is not None:
+            found["gradient_share"] = self.gradient_share
+        return found
+
+
 @torch.no_grad()
 def copies(layers: Sequence[Layer]) -> list[dict[str, Tensor]]:
     """The attention weights as they are, to be compared with what a step makes of them."""
-    return [{role: w.detach().clone() for role, w in layer.matrices().items()} for layer in layers]
+    return [{role: w.detach().clone() for role, w in weights(layer).items()} for layer in layers]
+
+
+def weights(layer: Layer) -> dict[str, Tensor]:
+    """A layer's weights by role, or where they are not known all its matrices, as of one head."""
+    known = layer.matrices()
+    if known:
+        return known
+    return {name: p[None] for name, p in layer.module.named_parameters() if p.ndim == 2}
 
 
 @torch.no_grad()
@@ -110,7 +155,7 @@ def updates(layers: Sequence[Layer], before: Sequence[Mapping[str, Tensor]]) -> 
         if not old:
             ratios.append(None)
             continue
-        new = layer.matrices()
+        new = weights(layer)
         moved = {role: new[role].float() - w.float() for role, w in old.items()}
         sizes = [
             summed(layer, roles, lambda w: w.float().square().sum((1, 2))).sqrt()
