@@ -214,6 +214,24 @@ def replay(
 
 
 @app.command
+def telemetry(name: RunName = "last", *, runs: Runs = Path("runs")) -> None:
+    """Write a run's telemetry as Parquet, for pandas or DuckDB.
+
+    Parameters
+    ----------
+    name
+        A run's folder, its name below the runs folder, or 'last'.
+    runs
+        Folder that holds the runs.
+    """
+    from sixfold.report.telemetry import compact
+
+    found = compact(find(name, runs))
+    for line in (*found.notes, found.signals, found.scalars):
+        console.print(str(line), markup=False)
+
+
+@app.command
 def rescue(
     *,
     column: tuple[str, ...] = (),

@@ -298,8 +298,9 @@ class Snapshot(NamedTuple):
         At a whole layer it is the median of its heads, at the whole model the loss or a scalar.
         """
         if target == WHOLE:
-            found = self.loss if name == "loss" else self.scalars.get(name)
-            return None if found is None or math.isnan(found) else found
+            if name == "loss":
+                return None if math.isnan(self.loss) else self.loss
+            return self.scalars.get(name)
         layers = self.signals.get(name)
         heads = layers[target.layer] if layers is not None else ()
         if not heads:

@@ -278,7 +278,6 @@ def replay(folder: Path, limits: str | None = None, overrides: Sequence[str] = (
     for path in (telemetry, journal):
         if not path.exists():
             raise FileNotFoundError(f"{folder} was not governed: there is no {path.name} in it")
-    settings = read_config(folder).governor
     changed: dict[str, Any] = {}
     for assignment in overrides:
         changed = config.override(changed, assignment)
@@ -286,6 +285,8 @@ def replay(folder: Path, limits: str | None = None, overrides: Sequence[str] = (
         settings = config.build(GovernorSettings, {"limits": limits}, "--limits")
     elif not changed:
         return decide_again(rows(telemetry), rows(journal))
+    else:
+        settings = read_config(folder).governor
     settings = config.build(
         GovernorSettings, config.merge(config.plain(settings), changed), "limits"
     )

@@ -180,6 +180,7 @@ def worker(rank: int, folder: str) -> None:
         "weights": [p.detach().double().sum().item() for p in model.parameters()],
     }
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 

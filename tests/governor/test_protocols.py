@@ -232,3 +232,15 @@ def test_muted_signals_raise_no_alarm():
     assert not governor.journal
     with pytest.raises(ValueError, match="unknown signal 'entropie'.*Did you mean 'entropy'"):
         governor.mute("entropie")
+
+
+def test_a_head_whose_values_are_out_of_proportion_starts_again():
+    model, optimizer = made(1e-3)
+    governor = LeadMetaArchitect(model, optimizer, every=2)
+    with torch.no_grad():
+        model.attention[1].qkv.weight[rows_of(model, HEAD, "v")[0]] *= 30
+    for tokens in batches(3):
+        move(model, optimizer, tokens, governor)
+    (row,) = [row for row in governor.journal if row["kind"] == "change"]
+    assert (row["name"], row["layer"], row["head"]) == ("head_reset", *HEAD)
+    assert row["expects"]["signal"] == "sigma_max_v"

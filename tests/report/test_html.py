@@ -5,11 +5,17 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
+import torch
+from plain import batches, made, move
 
+from sixfold import LeadMetaArchitect
+from sixfold.report.actions import actions, told
 from sixfold.report.compare import picture
+from sixfold.report.headline import headline, where
 from sixfold.report.html import write_report
 from sixfold.report.read import read_run
 from sixfold.report.scale import number
+from sixfold.report.text import summary
 
 VOID = {"meta", "input", "link", "br", "img", "hr"}
 
@@ -273,3 +279,194 @@ def test_a_picture_stands_alone(make_run, tmp_path):
     assert not math.isnan(final)
     with pytest.raises(ValueError, match="at least one run"):
         picture([], tmp_path / "none.svg")
+
+
+# ---------------------------------------------------------------- somebody's own loop
+
+
+def governed(folder, spoil, steps, by_hand=None):
+    model, optimizer = made()
+    governor = LeadMetaArchitect(model, optimizer, folder=folder)
+    for number_, batch in enumerate(batches(steps), 1):
+        move(model, optimizer, batch, governor, spoil=lambda m, o: spoil(number_, m))  # noqa: B023
+        if by_hand is not None:
+            by_hand(number_, governor)
+    governor.detach()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scaled(tmp_path_factory):
+    """A head scaled by 60, and a reset by hand."""
+
+    def spoil(step, model):
+        if step == 60:
+            with torch.no_grad():
+                model.attention[1].qkv.weight[4:8] *= 60
+
+    def by_hand(step, governor):
+        if step == 40:
+            governor.command_reset_head((1, 2))
+
+    return governed(tmp_path_factory.mktemp("scaled"), spoil, 120, by_hand)
+
+
+@pytest.fixture(scope="module")
+def lost(tmp_path_factory):
+    """Gradients that are not finite from some step on."""
+
+    def spoil(step, model):
+        if step >= 30:
+            for parameter in model.parameters():
+                parameter.grad.fill_(math.nan)
+
+    return governed(tmp_path_factory.mktemp("lost"), spoil, 60)
+
+
+def rows(folder, name):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()][1:]
+
+
+def test_the_loss_is_the_telemetrys_own(scaled):
+    run = read_run(scaled)
+    losses = [(row["step"], row["loss"]) for row in rows(scaled, "telemetry.jsonl")]
+    assert run.curves["loss", "train"] == losses
+    assert headline(run).final_train == losses[-1]
+    assert headline(run).last_step == 120
+    assert run.notes == ()
+
+
+def test_before_is_the_signal_at_the_change_and_after_the_evidence(scaled):
+    run = read_run(scaled)
+    telemetry = {row["step"]: row["signals"] for row in rows(scaled, "telemetry.jsonl")}
+    clips = [a for a in actions(run) if a.change["name"] == "qk_clip"]
+    assert clips
+    for clip in clips:
+        change = clip.change
+        layers = telemetry[change["step"]]["max_logit"]
+        assert clip.before == layers[change["layer"]][change["head"]]
+        assert clip.held == (clip.evidence["value"] < change["expects"]["bound"])
+    said = told(clips[0], "nats")
+    assert said.before == f"max_logit {number(clips[0].before)} nats"
+    assert "held" in said.after
+
+
+def test_the_page_lists_every_change_and_alarm(scaled):
+    page = report(scaled)
+    assert {"Changes, before and after", "Every head over time", "Redundancy and rank"} <= {
+        *page.texts("h2")
+    }
+    cells = page.texts("td")
+    for row in rows(scaled, "journal.jsonl"):
+        text = row["text"].removeprefix(f"{row.get('level')}: ")
+        assert any(text in cell for cell in cells)
+    assert any("head_reset" in cell and cell.endswith("by hand") for cell in cells)
+    run = read_run(scaled)
+    for action in actions(run):
+        said = told(action, run.signal_unit(action.signal))
+        assert {said.before, said.expected, said.after} <= {*cells}
+    assert "layer 1 · head 1" in cells
+    assert not any("-1" in cell for cell in cells if cell.startswith("layer"))
+    titles = page.texts("title")
+    assert any(re.match(r"layer 1 head 1: .* \(step 61\) nats", title) for title in titles)
+    assert "final validation loss" not in page.texts("dt")
+    assert "Limits of the governor" in page.texts("summary")
+
+
+@pytest.mark.parametrize("signal, unit", [
+    ("Redundancy of heads", "cosine of weights"), ("Stable rank", ""),
+    ("Distance from rank 1", "of the input's norm"), ("Size of a step", "of the weight's norm"),
+    ("Mean gradient, largest head of each layer", "loss per unit weight"),
+])  # fmt: skip
+def test_every_signal_is_drawn_with_its_unit(scaled, signal, unit):
+    page = report(scaled)
+    labels = [attrs["aria-label"] for tag, attrs, _ in page.elements if tag == "svg"]
+    assert f"{signal}, {unit}".removesuffix(", ") in labels
+
+
+def test_the_model_is_called_the_model(lost):
+    assert "the model" in report(lost).texts("td")
+    assert where({"layer": -1, "head": -1}) == "the model"
+    assert where({"layer": 3, "head": -1}) == "layer 3"
+    text = summary(read_run(lost))
+    assert "at the model" in text
+    assert "-1" not in text
+    (first, *_) = actions(read_run(lost))
+    assert told(first, "").expected.startswith("gradient_norm is finite again")
+    assert told(first, "").before == "gradient_norm NaN"
+
+
+def test_the_advice_to_stop_comes_first_and_once(lost, tmp_path):
+    for name in ("telemetry.jsonl", "journal.jsonl"):
+        (tmp_path / name).write_text((lost / name).read_text())
+    with (tmp_path / "journal.jsonl").open("a") as file:
+        for step in (57, 58, 59):
+            reason = (
+                f"no gradient that can be used reaches the weights: {step}; tried: gradient_skip"
+            )
+            file.write(
+                json.dumps({"step": step, "kind": "stop", "reason": reason, "text": reason}) + "\n"
+            )
+    page = report(tmp_path)
+    (alert,) = ["".join(parts) for _, attrs, parts in page.elements if attrs.get("role") == "alert"]
+    assert "reaches the weights: 57" in alert
+    assert "step 57, and 2 times more up to step 59" in alert
+    order = [attrs.get("class") for _, attrs, _ in page.elements]
+    assert order.index("stop") < order.index("tiles")
+    lines = summary(read_run(tmp_path)).splitlines()
+    assert [line for line in lines if "STOP" in line] == [lines[2]]
+    assert lines[2].startswith("  STOP at step 57: no gradient")
+
+
+def test_an_undoing_says_when_and_why(make_run):
+    folder = make_run(steps=1000)
+    with (folder / "journal.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 900, "kind": "undo", "id": 1, "reason": "its time is over",
+                               "text": "took back"}) + "\n")  # fmt: skip
+    first, _ = actions(read_run(folder))
+    assert told(first, "nats").end == "step 900: its time is over"
+
+
+def test_what_was_only_said_is_not_called_made(tmp_path):
+    model, optimizer = made()
+    with torch.no_grad():
+        model.attention[0].qkv.weight[4:8] *= 60
+        model.attention[0].qkv.weight[20:24] *= 60
+    governor = LeadMetaArchitect(model, optimizer, folder=tmp_path, mode="observe")
+    for batch in batches(4):
+        move(model, optimizer, batch, governor)
+    governor.detach()
+    run = read_run(tmp_path)
+    assert actions(run)
+    assert {told(action, "").after for action in actions(run)} == {"only observed"}
+    page = report(tmp_path)
+    assert "only said: this governor observes" in page.texts("dd")
+
+
+def test_layers_of_different_sizes_and_a_layer_that_did_not_run(tmp_path):
+    header = {"header": {"layers": 3, "grid_radius": None, "units": {"max_logit": "nats"}}}
+    lines = [header]
+    for step in range(1, 200):
+        layers = [[1.0 + step / 50, 2.0], [] if step % 20 > 9 else [3.0], [4.0, 5.0, 6.0]]
+        signals = (
+            {"max_logit": layers, "entropy": [[0.1] * len(v) for v in layers]}
+            if step % 5 == 0
+            else {}
+        )
+        lines.append({"step": step, "loss": 1.0, "signals": signals, "scalars": {}, "times_us": {}})
+    (tmp_path / "telemetry.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = report(tmp_path)
+    assert "journal.jsonl: not recorded in this run" in page.texts("p")
+    titles = page.texts("title")
+    for layer, heads in enumerate((2, 1, 3)):
+        assert (
+            sum(title.startswith(f"layer {layer} head ") and "(step" in title for title in titles)
+            == 2 * heads
+        )
+    assert "layer 0 head 0: 1.1 (step 5) to 4.9 (step 195) nats" in titles
+    assert summary(read_run(tmp_path)).count("layer 2 head 2") == 1
+
+
+def test_a_folder_of_nothing_is_no_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"not a run folder: .*metrics.jsonl is missing"):
+        read_run(tmp_path)

@@ -75,7 +75,8 @@ def test_missing_parts_are_named(make_run, tmp_path):
     (folder / "environment.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"environment.json is missing"):
         read_run(folder)
-    (folder / "metrics.jsonl").unlink()
+    for name in ("metrics.jsonl", "telemetry.jsonl"):
+        (folder / name).unlink()
     with pytest.raises(FileNotFoundError, match=r"metrics.jsonl is missing"):
         read_run(folder)
 
@@ -107,5 +108,5 @@ def test_null_is_a_gap_and_a_later_header_adds(make_run):
     run = read_run(folder)
     assert math.isnan(run.telemetry[-1].signals["max_logit"][0][0])
     assert run.telemetry[-1].signals["max_logit"][0][1] == 2.0
-    assert run.telemetry_header["resumed"] is True
-    assert run.telemetry_header["grid_radius"] == 1
+    assert run.measured.header["resumed"] is True
+    assert run.measured.header["grid_radius"] == 1

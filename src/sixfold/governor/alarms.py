@@ -19,6 +19,8 @@ FALLS = 5
 """Samples in a row in which weights must fall."""
 STEPS = 64
 """Losses that are remembered, one a step."""
+ACUTE = ("max_logit", "entropy")
+"""Signals that follow from others."""
 CRISIS = 100
 """Steps after a critical alarm in which warnings are answered too."""
 CLEAR = 0.8
@@ -135,7 +137,8 @@ def judge(
         critical_at = snapshot.step
     crisis = critical_at is not None and snapshot.step - critical_at <= CRISIS
     troubled: dict[HeadId, Alarm] = {}
-    for alarm in sorted(present, key=lambda a: a.level != "critical"):
+    # what is wrong with the weights explains what is wrong with the logits
+    for alarm in sorted(present, key=lambda a: (a.level != "critical", a.signal in ACUTE)):
         if crisis and alarm.level != "notice":
             troubled.setdefault(alarm.target, alarm)
     kept = {field.name: getattr(memory, field.name) for field in fields(memory)}

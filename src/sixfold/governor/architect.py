@@ -126,9 +126,8 @@ class LeadMetaArchitect:
         self.records = journal.Logs(folder, positions or {})
         self.state, self.now = State(), 0
         self.terms: dict[HeadId, tuple[float, float]] = {}
-        self._norm: float | None = None
+        self._sizes: list[float] = []
         self.kept: dict[tuple[str, HeadId], list[Tensor]] = {}
-        self.generator = torch.Generator().manual_seed(0)
         parts = [part for part in (optimizer, scheduler, scaler) if part is not None]
         self.rewind = Rewind(model, parts)
         self.guard = None if optimizer is None else Guard(optimizer, self._before_move)
@@ -144,6 +143,11 @@ class LeadMetaArchitect:
     def layers(self) -> list[Layer]:
         """The attention layers found; a foreign model's after its first pass."""
         return self.watch.layers
+
+    @property
+    def generator(self) -> torch.Generator:
+        """For changes that need chance: its own, and the same whenever a step is made again."""
+        return torch.Generator().manual_seed(self.now)
 
     @property
     def logs(self) -> tuple[journal.File, ...]:
@@ -196,13 +200,16 @@ class LeadMetaArchitect:
         self._disarm_hooks()
         self._probes = {}
         self._forget_step()
-        if self._broken or not (self.sampling or self.terms):
+        unknown_yet = not self.layers and not self.watch.passes
+        if self._broken or not (self.sampling or self.terms or unknown_yet):
             return
         self.watch.arm(self._probe_of)
         if self.sampling:
             hooks = [self.model.register_forward_hook(self._after_forward)]
             hooks += [
-                layer.module.register_forward_pre_hook(partial(self._input, number))
+                layer.module.register_forward_pre_hook(
+                    partial(self._input, number), with_kwargs=True
+                )
                 for number, layer in enumerate(self.layers)
             ]
             self._hooks = hooks
@@ -223,10 +230,18 @@ class LeadMetaArchitect:
             self._probes[number] = LayerProbe(self.device, measure=self.sampling, hold=hold)
         return self._probes[number]
 
-    def _input(self, number: int, module: nn.Module, inputs: tuple[Any, ...]) -> None:  # noqa: ARG002
-        """Look at what a layer is given, once a step."""
-        x = inputs[0] if inputs and isinstance(inputs[0], Tensor) else None
-        if x is None or x.ndim != 3 or not x.is_floating_point() or number in self._inputs:
+    def _input(
+        self,
+        number: int,
+        module: nn.Module,  # noqa: ARG002
+        inputs: tuple[Any, ...],
+        named: Mapping[str, Any],
+    ) -> None:
+        """Look at what a layer is given, once a step; evaluation in between is not the run's."""
+        given = (x for x in (*inputs, *named.values()) if isinstance(x, Tensor))
+        x = next((x for x in given if x.ndim == 3 and x.is_floating_point()), None)
+        training = self.model.training and torch.is_grad_enabled()
+        if x is None or number in self._inputs or not training:
             return
         try:
             self._inputs[number] = collect.rank(x.detach())
@@ -342,9 +357,8 @@ class LeadMetaArchitect:
             scalars["learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
         if self._whole is not None:
             scalars |= self._whole.moved()
-            if self._norm and scalars.get("weight_norm"):
-                scalars["weight_growth"] = scalars["weight_norm"] / self._norm
-            self._norm = scalars.get("weight_norm")
+            scalars |= collect.growth(self._sizes, self._whole.sizes)
+            self._sizes = self._whole.sizes
         found = Snapshot(now, value, {}, scalars, {})
         if sampled and self.layers:
             found = self._sample(found)
@@ -480,7 +494,7 @@ class LeadMetaArchitect:
         refusal = self.layers[head.layer].refusal
         if refusal is not None:
             raise ValueError(f"layer {head.layer} is only watched: {refusal}")
-        alarm = Alarm(self.now, "notice", "gradient_norm", head, -1.0, 0.0)
+        alarm = Alarm(self.now, "notice", "gradient_norm", head, 0.0, 0.0)
         return self.command(head_reset.build(head, alarm, self.every + 1, strategy))
 
     def mute(self, *signals: str) -> None:
@@ -541,7 +555,7 @@ class LeadMetaArchitect:
         return {
             "now": self.now,
             "state": state_dict(self.state),
-            "weight_norm": self._norm,
+            "sizes": self._sizes,
             "terms": [[*target, *term] for target, term in self.terms.items()],
             "shields": {} if self.guard is None else dict(self.guard.shields),
             "bound": None if self.guard is None else self.guard.bound,
@@ -551,7 +565,7 @@ class LeadMetaArchitect:
         """Continue from `state_dict`. Copies of the run did not outlive the process."""
         self.now, self.state = state["now"], replace(load_state(state["state"]), snapshots=())
         self.terms = {HeadId(layer, head): (floor, c) for layer, head, floor, c in state["terms"]}
-        self._norm = state["weight_norm"]
+        self._sizes = list(state["sizes"])
         if self.guard is not None:
             self.guard.shields |= state["shields"]
             self.guard.bound = state["bound"]

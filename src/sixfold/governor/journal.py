@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -21,8 +22,8 @@ from sixfold.record import Log
 TELEMETRY, JOURNAL = "telemetry.jsonl", "journal.jsonl"
 SIGNALS = (
     "max_logit", "entropy", "gradient_norm", "gradient_mean", "update_ratio", "rank_distance",
-    "condition_q", "condition_k", "condition_v", "weight_norm", "weight_growth", "gradient_share",
-    "loss", "mixing", "tokens_per_s",
+    "sigma_max_v", "condition_q", "condition_k", "condition_v", "weight_norm",
+    "weight_growth", "gradient_share", "loss", "mixing", "tokens_per_s",
 )  # fmt: skip
 """What an alarm can be about."""
 
@@ -240,7 +241,9 @@ def evidence_row(judged: Judged) -> dict[str, Any]:
         f"promised {expects.bound:.4g}"
     )
     return {
-        "step": evidence.step, "kind": "evidence", "id": judged.number, "held": evidence.held,
+        "step": evidence.step, "kind": "evidence", "id": judged.number,
+        "layer": judged.change.target.layer, "head": judged.change.target.head,
+        "held": evidence.held,
         "value": evidence.value, "text": text,
     }  # fmt: skip
 
@@ -249,7 +252,11 @@ def undo_row(now: int, undone: Undone, *, acting: bool) -> dict[str, Any]:
     """A change taken back."""
     took = "took" if acting else "would take"
     text = f"{took} back {undone.change.name} #{undone.number}: {undone.reason}"
-    return {"step": now, "kind": "undo", "id": undone.number, "reason": undone.reason, "text": text}
+    layer, head = undone.change.target
+    return {
+        "step": now, "kind": "undo", "id": undone.number, "layer": layer, "head": head,
+        "reason": undone.reason, "text": text,
+    }  # fmt: skip
 
 
 def stop_row(now: int, reason: str) -> dict[str, Any]:
@@ -273,7 +280,8 @@ def report(
     health = health_of(journal, last.step)
     lines = [
         f"Sixfold governor ({mode}), step {last.step}: {health}",
-        f"  heads      {sum(map(len, last.signals.get('max_logit', ())))}"
+        *[f"  stop       {row['reason']}" for row in journal if row["kind"] == "stop"][-1:],
+        f"  heads      {max(sum(map(len, s.signals.get('max_logit', ()))) for s in history)}"
         + (f" on a hexagonal grid of radius {grid.radius} per layer" if grid else ""),
         f"  alarms     {kinds.count('alarm')}",
         f"  changes    {kinds.count('change')}, of which {sum(held)} of {len(held)} judged held; "
@@ -284,6 +292,9 @@ def report(
         ("entropy", min),
         ("condition_q", max),
         ("gradient_norm", max),
+        ("update_ratio", max),
+        ("redundancy", max),
+        ("rank_distance", min),
     ):
         found = extreme(history, signal, worst)
         if found:
@@ -291,7 +302,9 @@ def report(
                 f"  {signal:<16} {worst.__name__} {found[0]:.4g} at {name_of(found[1])}, "
                 f"step {found[2]}"
             )
-    recent = [f"  step {row['step']:>6}  {row['text']}" for row in journal[-8:]]
+    skips = [row for row in journal if row.get("name") == "gradient_skip"]
+    told = [row for row in journal if row not in skips[:-1]][-8:]
+    recent = [f"  step {row['step']:>6}  {row['text']}" for row in told]
     return "\n".join(lines + (["  latest:", *recent] if recent else []))
 
 
@@ -300,9 +313,10 @@ def extreme(
 ) -> tuple[float, HeadId, int] | None:
     """Worst value of a signal in the last sample that has it, where, and when."""
     for snapshot in reversed(history):
-        layers = snapshot.signals.get(signal)
-        if layers:
-            cells = [(v, HeadId(i, j)) for i, row in enumerate(layers) for j, v in enumerate(row)]
+        layers = enumerate(snapshot.signals.get(signal, ()))
+        cells = [(v, HeadId(i, j)) for i, row in layers for j, v in enumerate(row)]
+        cells = [cell for cell in cells if math.isfinite(cell[0])]
+        if cells:
             value, head = worst(cells, key=lambda cell: cell[0])
             return value, head, snapshot.step
     return None

@@ -41,6 +41,7 @@ PROTOCOLS: dict[str, type] = {
 }
 
 
+SKIP = gradient_skip.GradientSkip.name
 LOST = 1.0
 """Part of themselves that one step may move weights by before they count as lost."""
 CROWD, CROWD_POWER = 0.25, 2
@@ -72,14 +73,16 @@ class Situation(NamedTuple):
         )
 
     def last(self, target: HeadId) -> int | None:
-        """When this target was last changed."""
-        return max((when for when, _, mine in self.history if mine == target), default=None)
+        """When this target was last changed; a skipped step changes nothing."""
+        made = (when for when, name, mine in self.history if mine == target and name != SKIP)
+        return max(made, default=None)
 
     def waits(self) -> bool:
         """Whether an earlier change of this target is still being judged or has just been made."""
         last = self.last(self.target())
         recent = last is not None and self.alarm.step - last < self.limits.actions.cooldown
-        return recent or any(change.target == self.target() for change in self.pending)
+        judged = (change for change in self.pending if change.name != SKIP)
+        return recent or any(change.target == self.target() for change in judged)
 
     def target(self) -> HeadId:
         """What would be changed: the head, or where no head is at fault the whole model."""
@@ -88,7 +91,7 @@ class Situation(NamedTuple):
 
 def answer(now: Situation) -> Change | None:
     """The change for an alarm, or None where it has to wait or nothing is left to try."""
-    spent = sum(target == now.target() for _, _, target in now.history)
+    spent = sum(target == now.target() and name != SKIP for _, name, target in now.history)
     if spent >= now.limits.actions.budget:
         return None
     if now.alarm.signal == "gradient_norm" and now.alarm.target == WHOLE:
@@ -101,7 +104,7 @@ def answer(now: Situation) -> Change | None:
 
 def unreadable_gradient(now: Situation) -> Change | None:
     """The step was skipped; where that goes on, the weights are beyond it."""
-    recent = [when for when, name, _ in now.history[-3:] if name == "gradient_skip"]
+    recent = [when for when, name, _ in now.history[-3:] if name == SKIP]
     if len(recent) == 3 and recent[0] >= now.alarm.step - 3:
         return back(now)
     return gradient_skip.build(now.limits.actions.within)
@@ -167,6 +170,14 @@ def dead_head(now: Situation) -> Change | None:
     if head.head < 0 or head.layer in now.limits.untouched or now.made("head_reset"):
         return None
     return head_reset.build(now.alarm.target, now.alarm, 10 * now.limits.actions.within)
+
+
+def out_of_proportion(now: Situation) -> Change | None:
+    """A head whose weights are many times those of the others starts again, once."""
+    head = now.alarm.target
+    if head.layer in now.limits.untouched or now.made("head_reset"):
+        return None
+    return head_reset.build(head, now.alarm, 10 * now.limits.actions.within)
 
 
 def too_hot(now: Situation) -> Change | None:
@@ -248,6 +259,7 @@ ANSWERS: dict[str, Callable[[Situation], Change | None]] = {
     "max_logit": large_logit,
     "entropy": low_entropy,
     "gradient_norm": dead_head,
+    "sigma_max_v": out_of_proportion,
     "update_ratio": too_hot,
     "weight_norm": moved_by_themselves,
     "weight_growth": growing,
@@ -272,6 +284,7 @@ REASONS = {
     "initial weights",
     "weight_growth": "the weights grow too fast: the learning rate is too high",
     "weight_norm": "the weights fade away: weight decay times learning rate is too large",
+    "sigma_max_v": "the values of a head are out of all proportion",
     "max_logit": "attention logits grow without end",
     "entropy": "attention has collapsed",
 }

@@ -29,6 +29,7 @@ class AlarmLimits:
             learning rate is too hot.
         weight_jump: factor at which they count as lost.
         weight_fall: share that they may lose from one sample to the next, five times in a row.
+        sigma_ratio: largest singular value of a head's W_V over the median of its layer.
         gradient_share: smallest gradient of a weight matrix over the largest, three samples long.
         rank_distance: part of a layer's input that is not the mean token; below it all tokens are
             one.
@@ -58,10 +59,11 @@ class AlarmLimits:
     weight_growth: float | None = None
     weight_jump: float | None = None
     weight_fall: float | None = None
+    sigma_ratio: float | None = None
     gradient_share: float | None = None
     rank_distance: float | None = None
     loss_ratio: float | None = None
-    loss_patience: int = 20
+    loss_patience: int = 7
     loss_spike: float | None = None
     finite: bool = False
     weight_update: tuple[float, float] | None = None
@@ -105,7 +107,7 @@ class ActionLimits:
     shield_steps: int = 200
     budget: int = 64
     hard_after: int = 16
-    rollbacks: int = 5
+    rollbacks: int = 8
     snapshot_every: int = 20
     margin: int = 1
     stop_after: int = 200
@@ -141,7 +143,8 @@ PRESETS = {
         AlarmLimits(
             logit_warning=50.0, logit_critical=100.0, entropy_ratio=0.5, dead_samples=3,
             update_ratio=0.2, weight_growth=1.15, weight_jump=3.0, weight_fall=0.02,
-            gradient_share=1e-6, rank_distance=1e-3, loss_ratio=1.5, loss_spike=10.0, finite=True,
+            sigma_ratio=10.0, gradient_share=1e-6, rank_distance=1e-3, loss_ratio=1.5,
+            loss_spike=10.0, finite=True,
         ),
     ),
     # the first published rule set: kept to be compared with, it warns on healthy runs

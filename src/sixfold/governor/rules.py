@@ -172,7 +172,9 @@ def norm_rules(memory: Memory, snapshot: Snapshot, limits: AlarmLimits) -> Itera
 
 
 def matrix_rules(snapshot: Snapshot, limits: AlarmLimits) -> Iterator[Alarm]:
-    """Condition numbers of weights, and inputs whose tokens have become one."""
+    """Condition numbers, heads far out of proportion, inputs whose tokens have become one."""
+    if limits.sigma_ratio is not None:
+        yield from sigma_rules(snapshot, limits.sigma_ratio)
     if limits.condition is not None:
         for signal in ("condition_q", "condition_k", "condition_v"):
             for head, value in per_head(snapshot, signal):
@@ -183,6 +185,19 @@ def matrix_rules(snapshot: Snapshot, limits: AlarmLimits) -> Iterator[Alarm]:
             if values and values[0] < limits.rank_distance:
                 where, limit = layer_of(layer), limits.rank_distance
                 yield Alarm(snapshot.step, "critical", "rank_distance", where, values[0], limit)
+
+
+def sigma_rules(snapshot: Snapshot, ratio: float) -> Iterator[Alarm]:
+    """Heads whose values are many times those of the layer's other heads.
+
+    Queries and keys out of proportion show in the logits, and a clip answers them.
+    """
+    for number, heads in enumerate(snapshot.signals.get("sigma_max_v", ())):
+        limit = ratio * statistics.median(heads) if len(set(heads)) > 2 else math.inf
+        for head, value in enumerate(heads):
+            if value > limit:
+                where = HeadId(number, head)
+                yield Alarm(snapshot.step, "critical", "sigma_max_v", where, value, limit)
 
 
 def pace_rules(memory: Memory, snapshot: Snapshot, limits: AlarmLimits) -> Iterator[Alarm]:

@@ -15,6 +15,7 @@ from sixfold.contracts import Change, Evidence, Expectation, HeadId, Snapshot
 from sixfold.governor import alarms, ladder, rules
 from sixfold.governor.alarms import Alarm, Memory
 from sixfold.governor.limits import Limits
+from sixfold.governor.protocols._weights import Weights
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class State:
     """Everything the governor remembers between steps.
 
     snapshots: steps whose copies of the run are kept. helpless_since: the step from which on
-    something critical has had no answer.
+    something critical has had no answer. stopped: whether that has been said.
     """
 
     memory: Memory = field(default_factory=Memory)
@@ -41,6 +42,7 @@ class State:
     count: int = 0
     snapshots: tuple[int, ...] = ()
     helpless_since: int | None = None
+    stopped: bool = False
 
     def with_change(self, number: int, change: Change, now: int) -> State:
         """The same with a change that someone made by hand."""
@@ -131,7 +133,9 @@ def step(state: State, snapshot: Snapshot, limits: Limits) -> tuple[State, Decis
     copies = kept_copies(state.snapshots, snapshot, memory, applied, limits)
     # what is only said is not in force: nothing of it can be judged or taken back
     in_force = tuple(pending) if limits.acting else ()
-    state = State(memory, in_force, history, count, copies, since)
+    said = since is not None and (state.stopped or stop is not None)
+    stop = None if state.stopped else stop
+    state = State(memory, in_force, history, count, copies, since, said)
     return state, Decisions(raised, judged, undone, tuple(applied), copies, stop)
 
 
@@ -222,7 +226,12 @@ def endings(
 
 
 def state_dict(state: State) -> dict[str, Any]:
-    """State as plain JSON values."""
+    """State as plain JSON values.
+
+    Changes of weights are left out: what they replaced does not outlive the process, so that they
+    stay as they were made.
+    """
+    lasting = [p for p in state.pending if not isinstance(p.change, Weights)]
     return {
         "memory": alarms.memory_dict(state.memory),
         "pending": [
@@ -230,12 +239,14 @@ def state_dict(state: State) -> dict[str, Any]:
                 "number": p.number, "step": p.step, "held": p.held, "name": p.change.name,
                 "change": asdict(p.change),
             }
-            for p in state.pending
+            for p in lasting
+            if p.change.name != "rollback"
         ],
         "history": [[when, name, list(head)] for when, name, head in state.history],
         "count": state.count,
         "snapshots": list(state.snapshots),
         "helpless_since": state.helpless_since,
+        "stopped": state.stopped,
     }  # fmt: skip
 
 
@@ -251,6 +262,7 @@ def load_state(values: Mapping[str, Any]) -> State:
         count=values["count"],
         snapshots=tuple(values["snapshots"]),
         helpless_since=values["helpless_since"],
+        stopped=values["stopped"],
     )
 
 

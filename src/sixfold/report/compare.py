@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from sixfold.report.headline import headline, metric
 from sixfold.report.read import Run, read_run
-from sixfold.report.scale import number, smooth
+from sixfold.report.scale import number, smooth, with_gaps
 from sixfold.report.series import broken_marks, journal_marks
 from sixfold.report.svg import FONT, LIGHT, LOOKS, Axes, Line, Mark, line_chart, style
 
@@ -38,8 +38,8 @@ def side_by_side(runs: Sequence[tuple[str, Run]], axes: Axes) -> str:
     for look, (label, run) in zip(LOOKS, runs, strict=False):
         points = metric(run, "loss", "train")
         window = max(1, len(points) // 50) | 1
-        lines.append(Line(f"{label}, every row", points, look, "pale"))
-        strong.append(Line(label, smooth(points, window), look))
+        lines.append(Line(f"{label}, every row", with_gaps(points), look, "pale"))
+        strong.append(Line(label, with_gaps(smooth(points, window)), look))
         marks += [m._replace(look=look) for m in journal_marks(run) if m.kind in ("change", "held")]
         marks += broken_marks(points, look, label)
     return line_chart(lines[::-1] + strong[::-1], marks, axes)

@@ -14,7 +14,10 @@ LEVELS = ("notice", "warning", "critical")
 
 
 class Headline(NamedTuple):
-    """Losses with their steps, sizes, and what the governor did; None where not recorded."""
+    """Losses with their steps, sizes, and what the governor did; None where not recorded.
+
+    stops: the advice to stop, the first time each reason was given.
+    """
 
     final_validation: Point | None
     best_validation: Point | None
@@ -28,6 +31,8 @@ class Headline(NamedTuple):
     judged: int
     held: int
     undone: int
+    by_hand: int
+    stops: tuple[Row, ...]
 
 
 def headline(run: Run) -> Headline:
@@ -57,14 +62,38 @@ def headline(run: Run) -> Headline:
         judged=len(verdicts),
         held=sum(bool(verdict.get("held")) for verdict in verdicts.values()),
         undone=kinds["undo"],
+        by_hand=sum(e["kind"] == "change" and bool(e.get("by_hand")) for e in run.journal),
+        stops=stops(run),
     )
 
 
+def origin(run: Run) -> str:
+    """Where the numbers come from: seed, commit and machine, or somebody's own loop."""
+    header = run.metrics.header
+    known = [f"{key.replace('_', ' ')} {header[key]}" for key in ("seed", "commit", "config_hash")
+             if key in header]  # fmt: skip
+    if known or run.config:
+        return " · ".join([*known, *([str(header["device"])] if "device" in header else [])])
+    shape = max((track.shape for track in run.measured.tracks.values()), key=sum, default=[])
+    sizes = f" · {number(sum(shape))} heads in {number(len(shape))} layers" if shape else ""
+    return f"watched by a governor in a loop of its own{sizes}"
+
+
+def stops(run: Run) -> tuple[Row, ...]:
+    """The advice to stop, the first time each reason was given.
+
+    The advice is repeated at every step, with another number in it.
+    """
+    found: dict[str, Row] = {}
+    for entry in run.journal:
+        if entry["kind"] == "stop":
+            found.setdefault(str(entry.get("reason", "")).partition(":")[0], entry)
+    return tuple(found.values())
+
+
 def metric(run: Run, name: str, split: str) -> list[Point]:
-    """A metric by step. Where a resumed run repeats a step, the later row holds."""
-    rows = run.metrics.rows
-    found = {r["step"]: float(r[name]) for r in rows if r["split"] == split and name in r}
-    return sorted(found.items())
+    """A metric by step; empty where it was not measured."""
+    return run.curves.get((name, split), [])
 
 
 def outcomes(run: Run) -> dict[Any, Row]:
@@ -73,13 +102,19 @@ def outcomes(run: Run) -> dict[Any, Row]:
 
 
 def where(entry: Row) -> str:
-    """The head a journal entry speaks of.
+    """The head a journal entry speaks of, a whole layer, or the model.
 
-    >>> where({"layer": 2, "head": 3}), where({"layer": 2}), where({})
-    ('layer 2 · head 3', 'layer 2', '')
+    >>> where({"layer": 2, "head": 3}), where({"layer": 2, "head": -1})
+    ('layer 2 · head 3', 'layer 2')
+    >>> where({"layer": -1, "head": -1}), where({})
+    ('the model', '')
     """
-    parts = [f"{part} {entry[part]}" for part in ("layer", "head") if entry.get(part) is not None]
-    return " · ".join(parts)
+    layer, head = entry.get("layer"), entry.get("head")
+    if layer is None:
+        return ""
+    if layer < 0:
+        return "the model"
+    return f"layer {layer}" if head is None or head < 0 else f"layer {layer} · head {head}"
 
 
 def promise(entry: Row) -> str:
@@ -94,9 +129,11 @@ def promise(entry: Row) -> str:
         return ""
     verb = {"fall": "falls", "rise": "rises"}.get(str(expects.get("direction")), "moves")
     bound, within = expects.get("bound"), expects.get("within")
-    past = f" past {number(bound)}" if isinstance(bound, int | float) else ""
+    moves = f"{verb} past {number(bound)}" if isinstance(bound, int | float) else verb
+    if bound == math.inf:
+        moves = "is finite again"
     soon = f" within {number(within)} steps" if isinstance(within, int | float) else ""
-    return f"{expects.get('signal', 'signal')} {verb}{past}{soon}"
+    return f"{expects.get('signal', 'signal')} {moves}{soon}"
 
 
 def verdict(evidence: Row | None) -> str:

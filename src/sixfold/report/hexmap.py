@@ -90,17 +90,17 @@ def hex_maps(moments: Sequence[Moment], look: MapStyle) -> str:
     cell_width = (look.width - left - 4) / columns
     size = _side(moments, look, cell_width - 8)
     row_height = max(size * _extent(moments, look)[1] + 8, 22.0)
-    parts = [_bar(look)]
+    parts = [bar(look)]
     for column, moment in enumerate(moments):
         x = left + cell_width * (column + 0.5)
-        parts.append(_label(x, top - 9, number(moment.step), "middle"))
+        parts.append(label(x, top - 9, number(moment.step), "middle"))
         for layer in range(len(moment.layers)):
             y = top + row_height * (layer + 0.5)
             parts.append(_layer(moment, layer, look, (x, y, size)))
-    parts.append(_label(2, top - 9, "step", "start"))
-    parts += [_label(2, top + row_height * (n + 0.5) + 4, f"layer {n}", "start")
+    parts.append(label(2, top - 9, "step", "start"))
+    parts += [label(2, top + row_height * (n + 0.5) + 4, f"layer {n}", "start")
               for n in range(num_layers)]  # fmt: skip
-    return _svg(look, top + row_height * num_layers + 4, "".join(parts))
+    return drawing(look, top + row_height * num_layers + 4, "".join(parts))
 
 
 def hex_row(moment: Moment, look: MapStyle) -> str:
@@ -109,14 +109,14 @@ def hex_row(moment: Moment, look: MapStyle) -> str:
     cell_width = (look.width - 8) / columns
     size = min(_side([moment], look, cell_width - 16), 26.0)
     row_height = max(size * _extent([moment], look)[1], 12.0) + 26
-    parts = [_bar(look)]
+    parts = [bar(look)]
     for layer in range(len(moment.layers)):
         x = 4 + cell_width * (layer % columns + 0.5)
         y = 44 + row_height * (layer // columns)
-        parts.append(_label(x, y + 8, f"layer {layer}", "middle"))
+        parts.append(label(x, y + 8, f"layer {layer}", "middle"))
         parts.append(_layer(moment, layer, look, (x, y + 14 + (row_height - 22) / 2, size)))
     rows = math.ceil(len(moment.layers) / columns)
-    return _svg(look, 48 + row_height * rows, "".join(parts))
+    return drawing(look, 48 + row_height * rows, "".join(parts))
 
 
 def _layer(moment: Moment, layer: int, look: MapStyle, place: tuple[float, float, float]) -> str:
@@ -140,13 +140,13 @@ def _cell(
     values = moment.layers[head[0]]
     value = values[head[1]]
     name = head_name(*head, look.radius, len(values))
-    measured = math.isfinite(value)
+    measured, shape = math.isfinite(value), square if look.radius is None else hexagon
     text = f"{number(value)} {look.unit}".strip() if measured else "no finite value"
     fill = f' fill="{viridis(look.scale.fraction(value))}"' if measured else ""
     rung = " rung" if head in moment.alarmed else ""
     dot = f'<circle class="touched" cx="{x:.1f}" cy="{y:.1f}" r="{min(2.4, size / 2.5):.1f}"/>'
     return (
-        f'<path class="{"cell" if measured else "hole"}{rung}" d="{hexagon(x, y, size)}"{fill}>'
+        f'<path class="{"cell" if measured else "hole"}{rung}" d="{shape(x, y, size)}"{fill}>'
         f"<title>{escape(name)}: {escape(text)} at step {number(moment.step)}</title></path>"
         + (dot if head in moment.changed else "")
     )
@@ -159,6 +159,12 @@ def hexagon(x: float, y: float, size: float) -> str:
         f"M{x:.1f} {y - size:.1f}l{w:.1f} {h:.1f}v{size:.1f}l{-w:.1f} {h:.1f}"
         f"l{-w:.1f} {-h:.1f}v{-size:.1f}z"
     )
+
+
+def square(x: float, y: float, size: float) -> str:
+    """Path of a square as wide as a hexagon of this size."""
+    side = size * math.sqrt(3)
+    return f"M{x - side / 2:.1f} {y - side / 2:.1f}h{side:.1f}v{side:.1f}h{-side:.1f}z"
 
 
 def _extent(moments: Sequence[Moment], look: MapStyle) -> tuple[float, float]:
@@ -175,7 +181,7 @@ def _side(moments: Sequence[Moment], look: MapStyle, width: float) -> float:
     return min(width / _extent(moments, look)[0], 18.0)
 
 
-def _bar(look: MapStyle) -> str:
+def bar(look: MapStyle) -> str:
     """Title at the left, the colour scale with its ends at the right."""
     unit = f'<tspan class="muted" dx="8">{escape(look.unit)}</tspan>' if look.unit else ""
     right, count, step = look.width - (52 if look.scale.kind == "linear" else 84), 24, 4.0
@@ -188,18 +194,20 @@ def _bar(look: MapStyle) -> str:
     )
     return (
         f'<text class="title" x="2" y="14">{escape(look.title)}{unit}</text>{bar}'
-        + _label(left - 6, 14, number(look.scale.low), "end")
-        + _label(right + 6, 14, number(look.scale.high) + log, "start")
+        + label(left - 6, 14, number(look.scale.low), "end")
+        + label(right + 6, 14, number(look.scale.high) + log, "start")
     )
 
 
-def _label(x: float, y: float, text: str, anchor: str) -> str:
+def label(x: float, y: float, text: str, anchor: str) -> str:
+    """A few quiet words."""
     return (
         f'<text class="muted" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
     )
 
 
-def _svg(look: MapStyle, height: float, body: str) -> str:
+def drawing(look: MapStyle, height: float, body: str) -> str:
+    """A map as SVG."""
     return (
         f'<svg class="chart" xmlns="http://www.w3.org/2000/svg" role="img" '
         f'aria-label="{escape(look.title)} of every head" viewBox="0 0 {look.width} {height:.0f}" '

@@ -1,5 +1,6 @@
 """A run folder, read back: what was configured, measured, alarmed, changed and generated.
 
+A folder that a governor alone has written (``telemetry.jsonl`` and ``journal.jsonl``) is a run too.
 A process that is killed leaves its last line half written: that line is left out and noted. Any
 other damage is an error that names the file and the line.
 """
@@ -7,14 +8,25 @@ other damage is an error that names the file and the line.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import math
+import statistics
+from collections import defaultdict, deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sixfold.contracts import PerHead, Snapshot
+from sixfold.report.scale import Point
+from sixfold.report.thin import Track
 
 Row = Mapping[str, Any]
+KEPT = 240
+"""Samples that are kept whole at least, for maps of all heads at one moment."""
+MAPPED = ("max_logit", "entropy")
+"""Signals that are drawn as maps of heads."""
 
 
 class Lines(NamedTuple):
@@ -25,6 +37,66 @@ class Lines(NamedTuple):
     notes: tuple[str, ...]
 
 
+class Log:
+    """A JSON-lines file, row by row. The header and the notes are known once it has been read.
+
+    Raises ValueError, naming file and line, for a line that is damaged or lacks a required key.
+    """
+
+    def __init__(self, path: Path, *required: str) -> None:
+        self.path, self.required = path, required
+        self.header: dict[str, Any] = {}
+        self.notes: list[str] = []
+
+    def __iter__(self) -> Iterator[Row]:
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.isspace():
+                    continue
+                try:
+                    row = json.loads(line.decode())
+                except ValueError as error:
+                    if file.read().strip():
+                        raise ValueError(
+                            f"{self.path}, line {number}: not valid JSON: {error}"
+                        ) from error
+                    self.notes.append(
+                        f"{self.path.name}: the last line was cut off and is left out"
+                    )
+                    return
+                if isinstance(row, dict) and "header" in row:
+                    self.header |= _mapping(row, "header")
+                else:
+                    yield self._checked(row, number)
+
+    def _checked(self, row: object, number: int) -> Row:
+        place = f"{self.path}, line {number}"
+        if not isinstance(row, dict):
+            raise ValueError(f"{place}: expected a JSON object, got {type(row).__name__}")
+        missing = [key for key in self.required if key not in row]
+        if missing:
+            raise ValueError(f"{place}: no {' and no '.join(repr(key) for key in missing)}")
+        return row
+
+
+@dataclass
+class Telemetry:
+    """What the probes measured, thinned while it is read.
+
+    samples: some moments whole, evenly spread, with the first, the last and the highest. tracks:
+    all moments, thinned, by signal. times: of each part of a step, likewise. steps: loss and
+    scalars of every step. befores: by its id, what a change's own signal was when it was made.
+    """
+
+    header: Row = field(default_factory=dict)
+    samples: tuple[Snapshot, ...] = ()
+    tracks: dict[str, Track] = field(default_factory=lambda: defaultdict(Track))
+    times: dict[str, Track] = field(default_factory=lambda: defaultdict(Track))
+    steps: list[Row] = field(default_factory=list)
+    befores: dict[Any, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class Run:
     """Everything a run folder says. `notes` names what is missing or was cut off."""
@@ -33,8 +105,7 @@ class Run:
     config: Row
     environment: Row
     metrics: Lines
-    telemetry_header: Row
-    telemetry: tuple[Snapshot, ...]
+    measured: Telemetry
     journal: tuple[Row, ...]
     sample: str | None
     notes: tuple[str, ...]
@@ -44,13 +115,29 @@ class Run:
         """The run's own name, or its folder's."""
         return str(self.metrics.header.get("run") or self.folder.resolve().name)
 
+    @cached_property
+    def curves(self) -> dict[tuple[str, str], list[Point]]:
+        """Metrics by name and split. Where a resumed run repeats a step, the later row holds."""
+        found: dict[tuple[str, str], dict[float, float]] = defaultdict(dict)
+        for row in self.metrics.rows:
+            split, step = row["split"], row["step"]
+            for name, value in row.items():
+                if isinstance(value, int | float) and name != "step":
+                    found[name, split][step] = value
+        return {key: sorted(points.items()) for key, points in found.items()}
+
+    @property
+    def telemetry(self) -> tuple[Snapshot, ...]:
+        """The samples that are kept whole."""
+        return self.measured.samples
+
     def unit(self, name: str) -> str:
         """Unit of a metric as its file states it; empty where it is a plain number."""
         return _unit(_mapping(self.metrics.header, "units").get(name))
 
     def signal_unit(self, name: str) -> str:
         """Unit of a signal; one unit may stand for a family (``sigma_max`` for ``sigma_max_q``)."""
-        units = _mapping(self.telemetry_header, "units")
+        units = _mapping(self.measured.header, "units")
         return _unit(units.get(name, units.get(name.rpartition("_")[0])))
 
 
@@ -67,30 +154,33 @@ def _unit(unit: object) -> str:
 
 
 def read_run(folder: str | Path) -> Run:
-    """Read a run folder.
+    """Read a run folder, or one that a governor of somebody's own loop has written.
 
-    Raises FileNotFoundError where the folder or one of config.json, environment.json and
-    metrics.jsonl is missing, and ValueError, naming file and line, where a file is damaged. A run
-    without a governor has no telemetry or journal; that is noted.
+    Without metrics.jsonl the losses are those of the telemetry.
+
+    Raises FileNotFoundError where the folder is missing, where it holds neither metrics.jsonl nor
+    telemetry.jsonl, and where metrics.jsonl has no config.json and environment.json beside it;
+    ValueError, naming file and line, where a file is damaged. What a run lacks is noted.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no run folder {folder}")
-    metrics = _lines(folder / "metrics.jsonl", "step", "split")
-    telemetry = _lines(folder / "telemetry.jsonl", "step", optional=True)
+    own = folder / "metrics.jsonl"
+    # what else lies in the folder of somebody's own loop is theirs, whatever its name
+    ours = own.is_file() or not (folder / "telemetry.jsonl").is_file()
     journal = _lines(folder / "journal.jsonl", "step", "kind", optional=True)
+    measured = _telemetry(folder / "telemetry.jsonl", journal.rows, losses=not ours)
+    metrics = _lines(own, "step", "split") if ours else _as_metrics(measured)
     sample = folder / "sample.txt"
     return Run(
         folder=folder,
-        config=_object(folder / "config.json"),
-        environment=_object(folder / "environment.json"),
+        config=_object(folder / "config.json") if ours else {},
+        environment=_object(folder / "environment.json") if ours else {},
         metrics=metrics,
-        telemetry_header=telemetry.header,
-        # between samples only loss and scalars are recorded, for replay
-        telemetry=tuple(_snapshot(row) for row in telemetry.rows if row["signals"]),
+        measured=measured,
         journal=journal.rows,
         sample=sample.read_text("utf-8", errors="replace") if sample.is_file() else None,
-        notes=metrics.notes + telemetry.notes + journal.notes,
+        notes=metrics.notes + measured.notes + journal.notes,
     )
 
 
@@ -111,38 +201,141 @@ def _lines(path: Path, *required: str, optional: bool = False) -> Lines:
         if optional:
             return Lines({}, (), (f"{path.name}: not recorded in this run",))
         raise FileNotFoundError(f"not a run folder: {path} is missing")
-    header: dict[str, Any] = {}
-    rows: list[Row] = []
-    notes: list[str] = []
-    for place, line, is_last in _numbered(path):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            if not is_last:
-                raise ValueError(f"{place}: not valid JSON: {error}") from error
-            notes.append(f"{path.name}: the last line was cut off and is left out")
+    log = Log(path, *required)
+    rows = tuple(log)
+    return Lines(log.header, rows, tuple(log.notes))
+
+
+# ---------------------------------------------------------------- telemetry
+
+
+def _telemetry(path: Path, journal: Sequence[Row], *, losses: bool) -> Telemetry:
+    if not path.is_file():
+        return Telemetry(notes=(f"{path.name}: not recorded in this run",))
+    log, found, kept, befores = Log(path, "step"), Telemetry(), Samples(), Befores(journal)
+    for row in log:
+        befores.see(row)
+        if losses:
+            found.steps.append(_scalars(row))
+        # between samples only loss and scalars are recorded
+        if not row.get("signals"):
             continue
-        if isinstance(row, dict) and "header" in row:
-            header |= _mapping(row, "header")
-        else:
-            rows.append(_checked(row, place, required))
-    return Lines(header, tuple(rows), tuple(notes))
+        kept.add(row)
+        for name, layers in row["signals"].items():
+            found.tracks[name].add(row["step"], layers)
+        for name, value in _mapping(row, "times_us").items():
+            found.times[name].add(row["step"], [[value]])
+    found.header, found.notes, found.samples = log.header, tuple(log.notes), kept.snapshots()
+    found.befores = befores.all()
+    return found
 
 
-def _numbered(path: Path) -> Iterator[tuple[str, bytes, bool]]:
-    """Every line that is not blank: where it is, its bytes, and whether it is the last."""
-    lines = [(n, line) for n, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
-    for number, line in lines:
-        yield f"{path}, line {number}", line, number == lines[-1][0]
+class Befores:
+    """What the signal of each change was, at its target, when the change was made."""
+
+    def __init__(self, journal: Sequence[Row]) -> None:
+        changes = [row for row in journal if row["kind"] == "change"]
+        self._open = deque(sorted(changes, key=lambda row: row["step"]))
+        self._found: dict[Any, float] = {}
+        self._now: Row = {}
+        self._latest: dict[str, Row] = {}
+
+    def see(self, row: Row) -> None:
+        """Look at the next step."""
+        while self._open and self._open[0]["step"] < row["step"]:
+            self._tell(self._open.popleft())
+        self._now = row
+        for name in row.get("signals") or ():
+            self._latest[name] = row
+
+    def all(self) -> dict[Any, float]:
+        """Values by the ids of changes; what was never measured has none."""
+        while self._open:
+            self._tell(self._open.popleft())
+        return self._found
+
+    def _tell(self, change: Row) -> None:
+        expects = _mapping(change, "expects")
+        name = str(expects.get("signal"))
+        layer, head = expects.get("target") or (change.get("layer", -1), change.get("head", -1))
+        value = value_at(self._now if layer < 0 else self._latest.get(name, {}), name, layer, head)
+        if value is not None:
+            self._found[change.get("id")] = value
 
 
-def _checked(row: object, place: str, required: tuple[str, ...]) -> Row:
-    if not isinstance(row, dict):
-        raise ValueError(f"{place}: expected a JSON object, got {type(row).__name__}")
-    missing = [key for key in required if key not in row]
-    if missing:
-        raise ValueError(f"{place}: no {' and no '.join(repr(key) for key in missing)}")
-    return row
+def value_at(row: Row, name: str, layer: int, head: int) -> float | None:
+    """A signal of one row: of a head, the median of a layer (-1), or of the whole model (-1, -1).
+
+    >>> value_at({"loss": 2.5, "signals": {"entropy": [[0.1, 0.5, 0.3]]}}, "entropy", 0, -1)
+    0.3
+    """
+    if layer < 0:
+        value = row.get("loss") if name == "loss" else _mapping(row, "scalars").get(name)
+        return None if value is None else float(value)
+    layers = _mapping(row, "signals").get(name) or ()
+    heads = layers[layer] if layer < len(layers) else ()
+    if head < 0:
+        return statistics.median(heads) if heads else None
+    return heads[head] if head < len(heads) else None
+
+
+class Samples:
+    """Some rows of many: evenly spread, with the first, the last and the highest of each map."""
+
+    def __init__(self) -> None:
+        self._rows: list[Row] = []
+        self._stride = 1
+        self._count = 0
+        self._last: dict[str, Row] = {}
+        self._highest: dict[str, tuple[float, Row]] = {}
+
+    def add(self, row: Row) -> None:
+        """Consider one more row."""
+        if self._count % self._stride == 0:
+            self._rows.append(row)
+        self._count += 1
+        if len(self._rows) > 2 * KEPT:
+            self._rows, self._stride = self._rows[::2], 2 * self._stride
+        for name in row["signals"]:
+            self._last[name] = row
+        for name in MAPPED:
+            before = self._highest.get(name, (-math.inf, row))[0]
+            heads = [*chain.from_iterable(row["signals"].get(name, ()))]
+            # a quick look, then a careful one: numbers may be missing or not finite
+            if None in heads or not max(heads, default=-math.inf) <= before:
+                top = highest(row["signals"][name])
+                if top > before:
+                    self._highest[name] = (top, row)
+
+    def snapshots(self) -> tuple[Snapshot, ...]:
+        """The rows chosen; the later of equal steps."""
+        peaks = [row for _, row in self._highest.values()]
+        chosen = {int(row["step"]): row for row in (*self._rows, *peaks, *self._last.values())}
+        return tuple(_snapshot(chosen[step]) for step in sorted(chosen))
+
+
+def highest(signal: Sequence[Sequence[float | None]]) -> float:
+    """The largest finite value of all heads, -inf where there is none."""
+    values = (value for heads in signal for value in heads if value is not None)
+    return max((value for value in values if math.isfinite(value)), default=-math.inf)
+
+
+def _scalars(row: Row) -> Row:
+    """What is known of one step as a whole, as a row of metrics."""
+    found = {"step": row["step"], "split": "train", **(row.get("scalars") or {})}
+    finite, loss = found.pop("loss_finite", 1.0), _number(row.get("loss"))
+    # a NaN stands for a loss that was not given, unless it is said that it was one
+    if not math.isnan(loss) or not finite:
+        found["loss"] = loss
+    return found
+
+
+def _as_metrics(measured: Telemetry) -> Lines:
+    """The telemetry's own losses and scalars as metrics."""
+    units = _mapping(measured.header, "units")
+    # the governor does not know the unit of a loss it was given
+    units.pop("loss", None)
+    return Lines({"units": units}, tuple(measured.steps), ())
 
 
 def _snapshot(row: Row) -> Snapshot:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby, pairwise
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 Point = tuple[float, float]
 GAP = float("nan")
 Kind = Literal["linear", "log", "symlog"]
@@ -76,11 +78,13 @@ def log_ticks(low: float, high: float, count: int) -> tuple[float, ...]:
     ((1.0, 10.0, 100.0, 1000.0), (1.0, 2.0, 5.0, 10.0, 20.0))
     """
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    stride = max(1, math.ceil((last - first) / max(count, 1)))
     digits = (1, 2, 5) if last - first <= 2 else (1,)
-    found = (m * 10.0**power for power in range(first, last + 1, stride) for m in digits)
-    inside = tuple(t for t in found if low * 0.9999 <= t <= high * 1.0001)
-    return inside if len(inside) >= 2 else ticks(low, high, count)
+    for stride in range(max(1, math.ceil((last - first) / max(count, 1))), 0, -1):
+        found = (m * 10.0**power for power in range(first, last + 1, stride) for m in digits)
+        inside = tuple(t for t in found if low * 0.9999 <= t <= high * 1.0001)
+        if len(inside) >= 2:
+            return inside
+    return ticks(low, high, count)
 
 
 def symlog_ticks(low: float, high: float, count: int) -> tuple[float, ...]:
@@ -172,29 +176,38 @@ def kind_of(values: Sequence[float], span: float = 40) -> Kind:
 def with_gaps(points: Sequence[Point]) -> list[Point]:
     """Put a NaN wherever the line must not be drawn: nothing was measured in between.
 
-    A signal may have more than one rhythm (now and then, or at every step while there is an
-    alarm). A rhythm is a distance that three measurements in a row keep; a gap is a distance of
-    more than 1.5 times the slowest rhythm.
-
     >>> with_gaps([(0, 1.0), (1, 1.0), (2, 1.0), (3, 1.0), (9, 1.0)])[-2:]
     [(6.0, nan), (9, 1.0)]
     """
-    distances = [b[0] - a[0] for a, b in pairwise(points)]
-    if not distances:
-        return list(points)
+    gaps = [(step, GAP) for step in pauses([step for step, _ in points])]
+    return sorted([*points, *gaps], key=lambda point: point[0]) if gaps else list(points)
+
+
+def pauses(steps: Sequence[float]) -> list[float]:
+    """The middles of the stretches in which nothing was measured: over 1.5 times the rhythm."""
+    places = np.asarray(steps, dtype=np.float64)
+    long = np.flatnonzero(np.diff(places) > 1.5 * rhythm(steps))
+    return ((places[long] + places[long + 1]) / 2).tolist()
+
+
+def rhythm(steps: Sequence[float]) -> float:
+    """The slowest distance that three measurements in a row keep.
+
+    A signal may have more than one (now and then, or at every step while there is an alarm).
+
+    >>> rhythm([0, 10, 20, 30, 32, 34, 36, 90])
+    10.0
+    """
+    distances = np.diff(np.asarray(steps, dtype=np.float64))
+    if not len(distances):
+        return 0.0
     kept = max(1, min(3, len(distances) // 2))
-    runs = (distances[i : i + kept] for i in range(len(distances) - kept + 1))
-    limit = 1.5 * max(min(run) for run in runs)
-    out = [points[0]]
-    for before, after in pairwise(points):
-        if after[0] - before[0] > limit:
-            out.append(((before[0] + after[0]) / 2, GAP))
-        out.append(after)
-    return out
+    runs = np.lib.stride_tricks.sliding_window_view(distances, kept)
+    return float(runs.min(axis=1).max())
 
 
 def decimate(points: Sequence[Point], limit: int = 600) -> list[Point]:
-    """At most about `limit` points, with the lowest and highest of every stretch and every gap.
+    """About `limit` points at most: the extremes of every stretch, every gap, and the end.
 
     >>> spike = [(i, 100.0 if i == 777 else 0.0) for i in range(10_000)]
     >>> thin = decimate(spike, 60)
@@ -204,7 +217,7 @@ def decimate(points: Sequence[Point], limit: int = 600) -> list[Point]:
     if len(points) <= limit:
         return list(points)
     first, last = points[0][0], points[-1][0]
-    buckets = max(limit // 2 - 1, 1)
+    buckets = max(limit // 2 - 2, 1)
     width = (last - first) / buckets or 1.0
     out: list[Point] = []
     for _, group in groupby(points, key=lambda p: int((p[0] - first) / width)):
@@ -215,6 +228,8 @@ def decimate(points: Sequence[Point], limit: int = 600) -> list[Point]:
             out.extend(sorted({low, high}))
         if len(drawn) < len(stretch) and (not out or math.isfinite(out[-1][1])):
             out.append((stretch[-1][0], GAP))
+    if math.isfinite(points[-1][1]) and out[-1] != points[-1]:
+        out.append(points[-1])
     return out
 
 

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-from sixfold.contracts import PerHead, Snapshot
-from sixfold.report.headline import metric, outcomes, promise, verdict, where
+from sixfold.contracts import Snapshot
+from sixfold.report.actions import Action, actions, told
+from sixfold.report.headline import metric, stops, verdict, where
+from sixfold.report.heat import Spot
 from sixfold.report.hexmap import Moment, head_name
-from sixfold.report.read import Row, Run
-from sixfold.report.scale import Point, number, smooth
+from sixfold.report.read import MAPPED, Row, Run, highest
+from sixfold.report.scale import Point, decimate, finite, number, smooth, with_gaps
 from sixfold.report.svg import LOOKS, Line, Mark
-
-MAPPED = ("max_logit", "entropy")
-"""Signals that are drawn as maps of heads."""
 
 
 def loss_lines(run: Run) -> list[Line]:
     """Every training loss, faint; its running mean; the validation losses as points."""
     train, validation = metric(run, "loss", "train"), metric(run, "loss", "validation")
+    drawn = line_of(run, "loss")
     window = max(1, len(train) // 50) | 1
-    lines = [Line("training, every row", train, "s0", "pale")] if window > 1 else []
+    lines = [Line("training, every row", drawn, "s0", "pale")] if window > 1 else []
     label = f"training, mean of {window} rows" if window > 1 else "training"
-    lines.append(Line(label, smooth(train, window), "s0"))
+    lines.append(Line(label, with_gaps(smooth(train, window)), "s0"))
     if validation:
         lines.append(Line("validation", validation, "s1", "dots"))
     return lines
@@ -36,10 +36,11 @@ def alarms(run: Run, signal: str = "") -> list[Row]:
 
 def journal_marks(run: Run, signal: str = "", layer: int | None = None) -> list[Mark]:
     """Alarms and changes as marks, of one signal and layer if named."""
-    judged = outcomes(run)
-    marks = []
+    judged = {action.change.get("id"): action for action in actions(run)}
+    marks = [] if signal else [
+        Mark(entry["step"], "critical", describe(entry)) for entry in stops(run)
+    ]  # fmt: skip
     for entry in run.journal:
-        change = entry["kind"] == "change"
         if (signal and about(entry) != signal) or (
             layer is not None and entry.get("layer") != layer
         ):
@@ -48,12 +49,21 @@ def journal_marks(run: Run, signal: str = "", layer: int | None = None) -> list[
             level = entry.get("level")
             kind = level if level in ("warning", "critical") else "notice"
             marks.append(Mark(entry["step"], kind, describe(entry)))
-        elif change:
-            evidence = judged.get(entry.get("id"))
-            text = f"{describe(entry)}\nexpects: {promise(entry)}\n{verdict(evidence)}"
-            held = evidence is not None and bool(evidence.get("held"))
-            marks.append(Mark(entry["step"], "held" if held else "change", text, "change"))
+        elif entry["kind"] == "change":
+            action = judged[entry.get("id")]
+            marks.append(Mark(entry["step"], "held" if action.held else "change",
+                              _change_text(run, action), "change"))  # fmt: skip
     return marks
+
+
+def _change_text(run: Run, action: Action) -> str:
+    said = told(action, run.signal_unit(action.signal))
+    hand = "by hand\n" if action.change.get("by_hand") else ""
+    undone = f"\nundone {said.end}" if said.end else ""
+    return (
+        f"{describe(action.change)}\n{hand}before: {said.before}\nexpects: {said.expected}\n"
+        f"{verdict(action.evidence)}{undone}"
+    )
 
 
 def about(entry: Row) -> str:
@@ -101,41 +111,37 @@ def measured(run: Run, signal: str) -> list[Snapshot]:
     return [rows[step] for step in sorted(rows)]
 
 
-def scalar_points(
-    run: Run, group: Callable[[Snapshot], dict[str, float]], name: str
-) -> list[Point]:
-    """One scalar or time of the telemetry by step."""
-    return sorted({r.step: group(r)[name] for r in run.telemetry if name in group(r)}.items())
+def line_of(run: Run, name: str, split: str = "train") -> list[Point]:
+    """A metric by step, thinned to more than a page is wide, broken where it was not measured."""
+    return decimate(with_gaps(metric(run, name, split)), 2400)
 
 
 def radius_of(run: Run) -> int | None:
-    """Radius of the run's grid, None where its heads lie in a row."""
-    radius = run.telemetry_header.get("grid_radius")
+    """Radius of the run's grid, None where its heads sit on none."""
+    radius = run.measured.header.get("grid_radius")
     return int(radius) if radius is not None else None
 
 
 def head_lines(run: Run, signal: str, layer: int, named_heads: int) -> list[Line]:
     """A line per head of one layer. The heads the journal speaks of most have a colour."""
-    rows = measured(run, signal)
-    count = max((len(r.signals[signal][layer]) for r in rows if layer < len(r.signals[signal])),
-                default=0)  # fmt: skip
+    track = run.measured.tracks[signal]
+    count = track.shape[layer]
     named = _spoken_of(run, signal, layer)[:named_heads]
     lines = []
     for head in range(count):
-        points = [(row.step, _value(row.signals[signal], layer, head)) for row in rows]
-        known = [(step, value) for step, value in points if value is not None]
         look = LOOKS[named.index(head)] if head in named else "faint"
         name = f"head {head}" if head in named else head_name(layer, head, radius_of(run), count)
-        lines.append(Line(name, known, look, "line" if head in named else "thin"))
+        form = "line" if head in named else "thin"
+        lines.append(Line(name, track.points(layer, head), look, form))
     return sorted(lines, key=lambda line: line.look != "faint")
 
 
 def layer_lines(run: Run, signal: str) -> list[Line]:
     """The worst (largest) head of every layer; beyond five layers only four are named."""
-    rows = measured(run, signal)
-    depth = max((len(row.signals[signal]) for row in rows), default=0)
-    peaks = [_worst(rows, signal, layer) for layer in range(depth)]
-    height = [max((y for _, y in points if math.isfinite(y)), default=0.0) for points in peaks]
+    track = run.measured.tracks[signal]
+    depth = len(track.shape)
+    peaks = [track.points(layer) for layer in range(depth)]
+    height = [max(finite(points), default=0.0) for points in peaks]
     order = sorted(range(depth), key=lambda layer: -height[layer])
     named = sorted(order[:4] if depth > 5 else order)
     lines = [
@@ -145,6 +151,15 @@ def layer_lines(run: Run, signal: str) -> list[Line]:
         for layer in range(depth)
     ]  # fmt: skip
     return sorted(lines, key=lambda line: line.look != "faint")
+
+
+def spots(rows: Sequence[Row]) -> list[Spot]:
+    """Where and when, for entries that speak of one head."""
+    return [
+        Spot(int(row["step"]), (int(row["layer"]), int(row["head"])))
+        for row in rows
+        if (row.get("layer"), row.get("head")) != (None, None) and row.get("head", -1) >= 0
+    ]
 
 
 def moments(run: Run, signal: str, count: int) -> list[Moment]:
@@ -158,7 +173,7 @@ def moments(run: Run, signal: str, count: int) -> list[Moment]:
     out, before = [], -math.inf
     for row in _spread(shared if len(shared) >= count else rows, count):
         alarmed = _heads_between(alarms(run, signal), before, row.step)
-        changed = _heads_between(_changes(run), before, row.step)
+        changed = _heads_between(changes(run), before, row.step)
         out.append(Moment(row.step, row.signals[signal], alarmed, changed))
         before = row.step
     return out
@@ -170,7 +185,7 @@ def _spread(rows: Sequence[Snapshot], count: int) -> list[Snapshot]:
     last = len(rows) - 1
     chosen = sorted({round(i * last / max(count - 1, 1)) for i in range(count)})
     signal = next((name for name in MAPPED if name in rows[0].signals), "")
-    peak = max(range(len(rows)), key=lambda i: _highest(rows[i].signals.get(signal, ())))
+    peak = max(range(len(rows)), key=lambda i: highest(rows[i].signals.get(signal, ())))
     if peak not in chosen and len(chosen) > 2:
         nearest = min(range(1, len(chosen) - 1), key=lambda i: abs(chosen[i] - peak))
         chosen[nearest] = peak
@@ -190,38 +205,17 @@ def frame_text(run: Run, after: float, step: float) -> str:
     return "\n".join(entries[:3] + more)
 
 
-def _changes(run: Run) -> list[Row]:
+def changes(run: Run) -> list[Row]:
+    """Changes of a run, in order."""
     return [entry for entry in run.journal if entry["kind"] == "change"]
 
 
 def _heads_between(rows: Sequence[Row], after: float, step: float) -> frozenset[tuple[int, int]]:
-    return frozenset(
-        (int(row["layer"]), int(row["head"]))
-        for row in rows
-        if after < row["step"] <= step
-        and row.get("layer") is not None
-        and row.get("head") is not None
-    )
+    return frozenset(spot.head for spot in spots(rows) if after < spot.step <= step)
 
 
 def _spoken_of(run: Run, signal: str, layer: int) -> list[int]:
     """Heads of a layer with an alarm or a change about a signal, most spoken of first."""
-    found = alarms(run, signal) + [entry for entry in _changes(run) if about(entry) == signal]
+    found = alarms(run, signal) + [entry for entry in changes(run) if about(entry) == signal]
     heads = [e["head"] for e in found if e.get("layer") == layer and e.get("head") is not None]
     return sorted(set(heads), key=lambda head: (-heads.count(head), head))
-
-
-def _value(signal: PerHead, layer: int, head: int) -> float | None:
-    return signal[layer][head] if layer < len(signal) and head < len(signal[layer]) else None
-
-
-def _worst(rows: Sequence[Snapshot], signal: str, layer: int) -> list[Point]:
-    found = [(r.step, r.signals[signal][layer]) for r in rows if layer < len(r.signals[signal])]
-    return [
-        (step, max((v for v in heads if math.isfinite(v)), default=math.nan))
-        for step, heads in found
-    ]
-
-
-def _highest(signal: PerHead) -> float:
-    return max((v for heads in signal for v in heads if math.isfinite(v)), default=-math.inf)

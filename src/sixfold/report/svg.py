@@ -245,7 +245,8 @@ def _grid(frame: Frame, axes: Axes) -> str:
         parts.append(f'<path class="grid" d="M{x.start:.1f} {at}H{x.end:.1f}"/>')
         parts.append(_text(x.start - 7, at + 4, label, "muted", "end"))
     parts.append(f'<path class="axis" d="M{x.start:.1f} {y.start}H{x.end:.1f}"/>')
-    steps = x.ticks(max(3, int((x.end - x.start) / 64)))
+    room = max(64, 20 + 9 * len(number(int(x.high))))
+    steps = x.ticks(max(3, int((x.end - x.start) / room)))
     for value, label in zip(steps, tick_labels(steps, axes.spacing), strict=True):
         at = x(value)
         parts.append(f'<path class="axis" d="M{at:.1f} {y.start}v4"/>')
@@ -276,7 +277,7 @@ def _line(line: Line, frame: Frame, axes: Axes) -> str:
     if line.form == "dots":
         return _dots(line, frame, axes)
     limit = axes.points if line.look == "faint" else max(axes.points, 200)
-    data = _path(decimate(with_gaps(line.points), limit), frame)
+    data = _path(decimate(line.points, limit), frame)
     last = next((p for p in reversed(line.points) if math.isfinite(p[1])), None)
     tail = ": nothing measured"
     if last:

@@ -6,7 +6,8 @@ import math
 import textwrap
 from collections.abc import Sequence
 
-from sixfold.report.headline import Headline, headline, metric, outcomes, verdict
+from sixfold.report.actions import actions, told
+from sixfold.report.headline import Headline, headline, metric, origin, where
 from sixfold.report.read import Run
 from sixfold.report.scale import WARP, Point, duration, finite, kind_of, number
 from sixfold.report.series import MAPPED, alarms, describe, measured
@@ -17,13 +18,11 @@ _BARS = "▁▂▃▄▅▆▇█"
 def summary(run: Run) -> str:
     """What the run was, what it came to, and what the governor did about it."""
     facts = headline(run)
-    header = run.metrics.header
-    origin = [f"{key.replace('_', ' ')} {header[key]}" for key in ("seed", "commit", "config_hash")
-              if key in header]  # fmt: skip
     lines = [
         f"run {run.name}",
-        "  " + " · ".join([*origin, *([str(header["device"])] if "device" in header else [])]),
+        f"  {origin(run)}",
         *(f"  {note}" for note in run.notes),
+        *(f"  STOP at step {number(row['step'])}: {row.get('reason')}" for row in facts.stops),
         "",
         *_losses(run, facts),
         *_sizes(facts),
@@ -60,6 +59,8 @@ def _losses(run: Run, facts: Headline) -> list[str]:
     lines = []
     for split, point in (("train", facts.final_train), ("validation", facts.final_validation)):
         curve = metric(run, "loss", split)
+        if point is None and split == "validation" and not run.config:
+            continue
         if point is None:
             lines.append(_row(f"{split} loss", "not measured"))
             continue
@@ -91,11 +92,18 @@ def _governed(run: Run, facts: Headline) -> list[str]:
     lines += [_row("first alarm", describe(entry)) for entry in first]
     undone = f", {number(facts.undone)} undone" if facts.undone else ""
     kept = f" ({number(facts.held)} of {number(facts.judged)} judged held{undone})"
+    made = [action.change.get("applied", True) for action in actions(run)]
+    kept = kept if not made or any(made) else " (only said: this governor observes)"
     lines.append(_row("changes", number(facts.changes) + (kept if facts.changes else "")))
-    judged = outcomes(run)
-    changes = [entry for entry in run.journal if entry["kind"] == "change"]
-    for entry in changes[-4:]:
-        lines.append(_row("", f"{verdict(judged.get(entry.get('id')))}: {describe(entry)}"))
+    for action in actions(run)[-4:]:
+        said = told(action, run.signal_unit(action.signal))
+        change = action.change
+        hand = " by hand" if change.get("by_hand") else ""
+        what = f"step {change['step']:,} {change.get('name')}{hand} at {where(change)}"
+        lines.append(_row("", what.replace(" · ", " ")))
+        undone = f"; undone {said.end}" if said.end else ""
+        lines.append(_row("", f"  before: {said.before}; expected: {said.expected}"))
+        lines.append(_row("", f"  after: {said.after}{undone}"))
     return lines
 
 

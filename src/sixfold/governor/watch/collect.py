@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -25,6 +27,8 @@ UNITS = {
     "rank_distance": "1 (of the input's norm)",
     "weight_norm": "1",
     "weight_growth": "1 (of the sample before)",
+    "learning_rate": "1",
+    "loss_finite": "1",
     "gradient_share": "1 (of the largest)",
     "stable_rank": "1",
     "times_us": "microseconds",
@@ -111,6 +115,7 @@ class Whole:
         self.parameters = [
             p for group in optimizer.param_groups for p in group["params"] if p.grad is not None
         ]
+        self.sizes: list[float] = []
         self.before = [p.detach().clone() for p in self.parameters]
         matrices = [p.grad for p in self.parameters if p.ndim > 1]
         norms = torch.stack(torch._foreach_norm(matrices)).tolist() if matrices else []
@@ -120,17 +125,33 @@ class Whole:
 
     @torch.no_grad()
     def moved(self) -> dict[str, float]:
-        """||W' - W|| / ||W||, ||W'|| and the share of the smallest gradient, of all together."""
+        """||W' - W|| / ||W|| and ||W'|| of all together, and the share of the smallest gradient.
+
+        Also kept: `sizes`, the norm of each matrix.
+        """
         if not self.parameters:
             return {}
+        now = [p.detach() for p in self.parameters]
+        norms = torch.stack(torch._foreach_norm(now)).tolist()
+        self.sizes = [n for n, p in zip(norms, now, strict=True) if p.ndim > 1]
         old = float(torch.nn.utils.get_total_norm(self.before))
-        new = float(torch.nn.utils.get_total_norm([p.detach() for p in self.parameters]))
-        torch._foreach_sub_(self.before, [p.detach() for p in self.parameters])
+        torch._foreach_sub_(self.before, now)
         step = float(torch.nn.utils.get_total_norm(self.before))
-        found = {"update_ratio": step / max(old, 1e-30), "weight_norm": new}
+        found = {"update_ratio": step / max(old, 1e-30), "weight_norm": math.hypot(*norms)}
         if self.gradient_share is not None:
             found["gradient_share"] = self.gradient_share
         return found
+
+
+def growth(old: Sequence[float], new: Sequence[float]) -> dict[str, float]:
+    """By what factor matrices have grown since the sample before: three quarters by more.
+
+    Where few of them grow, or those that began at zero, it is not the learning rate.
+    """
+    ratios = [b / a for a, b in zip(old, new, strict=True) if a > 0] if len(old) == len(new) else []
+    if len(ratios) < 2:
+        return {}
+    return {"weight_growth": statistics.quantiles(ratios, n=4, method="inclusive")[0]}
 
 
 @torch.no_grad()
