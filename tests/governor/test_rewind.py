@@ -128,3 +128,15 @@ def test_a_healthy_run_keeps_its_bits_while_copies_are_made():
     assert order == list(range(30))
     assert not any(step.decisions.alarms or step.decisions.applied for step in seen)
     same((model, optimizer, scheduler), alone(range(30), 30))
+
+
+def test_copies_and_batches_do_not_pile_up_while_nothing_is_calm():
+    limits = Limits(
+        AlarmLimits(logit_critical=1e-9), ActionLimits(snapshot_every=1, stop_after=10**6)
+    )
+    model, optimizer = made(1e-4)
+    governor = LeadMetaArchitect(model, optimizer, limits=limits, every=1)
+    for tokens in governor.data(batches(60)):
+        move(model, optimizer, tokens, governor)
+    assert not governor.rewind.moments
+    assert not governor.rewind.batches

@@ -564,6 +564,7 @@ class LeadMetaArchitect:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`. Copies of the run did not outlive the process."""
         self.now, self.state = state["now"], replace(load_state(state["state"]), snapshots=())
+        self.rewind.now = self.now
         self.terms = {HeadId(layer, head): (floor, c) for layer, head, floor, c in state["terms"]}
         self._sizes = list(state["sizes"])
         if self.guard is not None:

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy
 from torch import Tensor, nn
 
 from sixfold.train.checkpoint import random_states, set_random_states
@@ -19,7 +20,7 @@ class Moment(NamedTuple):
     model: dict[str, Tensor]
     parts: tuple[dict[str, Any], ...]
     random: dict[str, Tensor]
-    python: Any
+    others: tuple[Any, Any]
     training: bool
 
 
@@ -43,7 +44,7 @@ class Rewind:
     def data(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The same batches; after a return those that were good come again."""
         if not self.moments:
-            self.moments[0] = self.copied()
+            self.moments[self.now] = self.copied()
         for batch in batches:
             yield self._given(batch)
             while self.again:
@@ -55,7 +56,7 @@ class Rewind:
 
     def keep(self, steps: Sequence[int]) -> None:
         """Have copies of exactly these steps; the one of this moment is made now."""
-        if not self.moments:
+        if not self.moments and not self.batches:
             return
         for step in steps:
             if step == self.now and step not in self.moments:
@@ -70,7 +71,7 @@ class Rewind:
             {name: tensor.clone() for name, tensor in self.model.state_dict().items()},
             tuple(copy.deepcopy(part.state_dict()) for part in self.parts),
             random_states(),
-            random.getstate(),
+            (random.getstate(), numpy.random.get_state()),  # noqa: NPY002 - what loaders may use
             self.model.training,
         )
 
@@ -80,7 +81,8 @@ class Rewind:
         for part, state in zip(self.parts, moment.parts, strict=True):
             part.load_state_dict(copy.deepcopy(state))
         set_random_states(moment.random)
-        random.setstate(moment.python)
+        random.setstate(moment.others[0])
+        numpy.random.set_state(moment.others[1])  # noqa: NPY002
         self.model.train(moment.training)
 
     def back(self, to: int, since: int) -> None:

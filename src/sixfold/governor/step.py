@@ -94,6 +94,8 @@ class Decisions(NamedTuple):
 
 
 OVER = "its time is over"
+OLDEST = 25
+"""Age of a copy, in times of how often one is made, at which it is given up."""
 KEPT = 3
 """Copies of a run that are kept for rolling back."""
 
@@ -168,11 +170,14 @@ def kept_copies(
             return tuple(number for number in copies if number <= item.change.to)
     if not limits.rewinding:
         return ()
-    # the moment before the first step is always there
-    copies = copies or (0,)
+    every = limits.actions.snapshot_every
+    if snapshot.step <= every:
+        copies = copies or (0,)  # the moment before the first step
+    # batches since the oldest copy are held: it must not become ever older while nothing is calm
+    copies = tuple(step for step in copies if snapshot.step - step <= OLDEST * every)
     calm = not any(level == "critical" for level, *_ in memory.raised)
     calm = calm and memory.worse_since is None
-    if not calm or snapshot.step % limits.actions.snapshot_every:
+    if not calm or snapshot.step % every:
         return copies
     return (*copies, snapshot.step)[-KEPT:]
 
