@@ -44,8 +44,6 @@ PROTOCOLS: dict[str, type] = {
 SKIP = gradient_skip.GradientSkip.name
 LOST = 1.0
 """Part of themselves that one step may move weights by before they count as lost."""
-CROWD, CROWD_POWER = 0.25, 2
-"""Share of all heads that have to be clipped for the learning rate to be at fault."""
 EXPLODED = 1e3
 """Norm of all gradients that no loss of a mean has."""
 
@@ -120,22 +118,11 @@ def large_logit(now: Situation) -> Change | None:
     soft = now.made("qk_clip", "entropy_term", "temperature")
     if soft >= actions.hard_after:
         return hard(now)
-    if crowd(now):
-        return learning_rate_shield.build(now.alarm, CROWD_POWER, actions)
     terms = now.made("entropy_term")
     if now.made("qk_clip") < actions.clips_before_entropy * (terms + 1):
         returned = sum(change.power for change in now.undone if is_clip_of(change, head))
         return qk_clip.build(head, value * 2.0**returned, actions.clip_to, actions.within)
     return low_entropy(now)
-
-
-def crowd(now: Situation) -> bool:
-    """Whether so many heads were clipped of late that no head but the learning rate is at fault."""
-    since = now.alarm.step - alarms.CRISIS
-    clipped = {head for when, name, head in now.history if name == "qk_clip" and when > since}
-    shielded = any(change.name == "learning_rate_shield" for change in now.pending)
-    heads = sum(map(len, now.snapshot.signals["max_logit"]))
-    return not shielded and len(clipped) >= max(2, heads * CROWD)
 
 
 def low_entropy(now: Situation) -> Change | None:

@@ -30,9 +30,11 @@ TWINS = {
 }
 """Healthy runs that failures are compared with."""
 
-LOGITS = ("max_logit", "entropy")
-LOSS = ("loss", "gradient_norm", "update_ratio")
+RATE = ("weight_growth", "update_ratio")
+LOGITS = ("max_logit", "entropy", *RATE)
+LOSS = ("loss", "gradient_norm", "weight_norm", *RATE)
 BROKEN = ("loss", "gradient_norm")
+HEAD = ("max_logit", "entropy", "sigma_max_v")
 
 
 @dataclass(frozen=True)
@@ -140,11 +142,11 @@ FAMILIES = {
     ),
     "corrupted head": broken(
         "small", Fault("scale head", 60, 61, 100.0), "W_Q, W_K and W_V of a head x100 at once",
-        LOGITS, located=True,
+        HEAD, located=True,
     ),
     "runaway head": broken(
         "small", Fault("scale head", 60, 110, 1.1), "W_Q, W_K and W_V of a head x1.1 per step",
-        LOGITS, located=True,
+        HEAD, located=True,
     ),
     "dead head": broken(
         "small", Fault("kill head", 0, 1), "W_V and W_O of one head are zero",
