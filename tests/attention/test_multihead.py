@@ -305,6 +305,20 @@ def test_caps_and_sinks_keep_what_a_layer_owes(make, tokens, score, extra):
     torch.testing.assert_close(found.received.double(), weights.sum(-2), rtol=0, atol=1e-5)
 
 
+def test_a_probe_does_not_see_the_sink(make, tokens):
+    class Probe:
+        def observe(self, observation):
+            self.shape = observation.rating.key.shape
+
+        def mark(self, stage):
+            pass
+
+    layer, probe = make({}, sinks=True), Probe()
+    layer.probe = probe
+    layer(tokens(2, 5))
+    assert probe.shape[-2] == 5
+
+
 def test_a_float_mask_passes_the_sink_by(make, tokens):
     layer, x = make({}, sinks=True), tokens(2, 1)
     mask = torch.full((1, 1), 3.0, dtype=torch.float64)

@@ -212,3 +212,21 @@ def test_an_adapter_is_watched_and_let_be():
     assert len(seen[0].snapshot.signals["max_logit"]) == 2
     assert "Lora" in governor.layers[0].refusal or "lora" in governor.layers[0].refusal
     assert seen[-1].snapshot.signal("max_logit", HeadId(0, 0)) is not None
+
+
+def test_a_resumed_governor_goes_on_in_its_logs_and_a_fresh_one_says_what_it_overwrites(tmp_path):
+    model, optimizer = made()
+    governor = LeadMetaArchitect(model, optimizer, every=2, folder=tmp_path)
+    train(model, optimizer, governor, 4)
+    state = json.loads(json.dumps(governor.state_dict()))
+    train(model, optimizer, governor, 2)
+    governor.detach()
+    again = LeadMetaArchitect(model, optimizer, every=2, folder=tmp_path)
+    again.load_state_dict(state)
+    train(model, optimizer, again, 2)
+    again.detach()
+    lines = (tmp_path / journal.TELEMETRY).read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines[1:]] == [1, 2, 3, 4, 5, 6]
+    fresh = LeadMetaArchitect(model, optimizer, every=2, folder=tmp_path)
+    with pytest.warns(UserWarning, match="of an earlier run is written anew"):
+        train(model, optimizer, fresh, 1)

@@ -244,3 +244,77 @@ def test_a_head_whose_values_are_out_of_proportion_starts_again():
     (row,) = [row for row in governor.journal if row["kind"] == "change"]
     assert (row["name"], row["layer"], row["head"]) == ("head_reset", *HEAD)
     assert row["expects"]["signal"] == "sigma_max_v"
+
+
+def test_what_a_reset_draws_differs_from_role_to_role_and_head_to_head():
+    model, _, governor = trained()
+    head_reset.build(HEAD, ALARM, 20).apply(governor)
+    head_reset.build(HeadId(1, 0), ALARM, 20).apply(governor)
+    places = [*rows_of(model, HEAD, "qkv"), *rows_of(model, HeadId(1, 0), "qkv")]
+    fresh = torch.stack([model.attention[1].qkv.weight[rows].flatten() for rows in places])
+    cosines = torch.nn.functional.normalize(fresh, dim=-1)
+    assert ((cosines @ cosines.T).fill_diagonal_(0).abs() < 0.9).all()
+
+
+def test_two_resets_of_one_head_are_taken_back_one_by_one():
+    model, _, governor = trained()
+    before = model.attention[1].qkv.weight.detach().clone()
+    change = head_reset.build(HEAD, ALARM, 20)
+    change.apply(governor)
+    between = model.attention[1].qkv.weight.detach().clone()
+    governor.now += 1
+    change.apply(governor)
+    change.undo(governor)
+    assert torch.equal(model.attention[1].qkv.weight, between)
+    change.undo(governor)
+    assert torch.equal(model.attention[1].qkv.weight, before)
+
+
+def test_a_change_that_the_model_refuses_is_told_of_and_the_governor_stays(monkeypatch):
+    model, optimizer = made(1e-3)
+    governor = LeadMetaArchitect(
+        model, optimizer, every=1, limits=Limits(AlarmLimits(logit_critical=1e-3))
+    )
+    given = batches(3)
+    monkeypatch.setattr(
+        "sixfold.governor.protocols.qk_clip.QKClip.apply", lambda *_: {}["does not fit"]
+    )
+    with pytest.warns(UserWarning, match="could not be made: 'does not fit'"):
+        move(model, optimizer, given[0], governor)
+    assert not governor.state.pending
+    with pytest.warns(UserWarning, match="could not be made"):
+        for tokens in batches(12):
+            move(model, optimizer, tokens, governor)
+
+
+def test_a_step_that_raised_leaves_no_shield_in_the_learning_rate():
+    model, optimizer = made(1e-2)
+    governor = LeadMetaArchitect(model, optimizer)
+    governor.shields["lr"] = 3
+
+    def broken():
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        optimizer.step(broken)
+    move(model, optimizer, batches(1)[0], governor)
+    assert optimizer.param_groups[0]["lr"] == 1e-2
+
+
+def test_sparse_gradients_are_measured_too():
+    embed = torch.nn.Embedding(5, 3, sparse=True)
+    optimizer = torch.optim.SGD(embed.parameters(), lr=0.1)
+    governor = LeadMetaArchitect(embed, optimizer)
+    embed(torch.tensor([1, 1, 2])).sum().backward()
+    optimizer.step()
+    with pytest.warns(UserWarning, match="no attention was seen"):
+        seen = governor.process_step(1.0)
+    assert seen.snapshot.scalars["gradient_norm"] == pytest.approx((3 * 4 + 3) ** 0.5)
+
+
+def test_detach_is_for_good():
+    model, optimizer = made()
+    governor = LeadMetaArchitect(model, optimizer, every=1)
+    governor.detach()
+    assert move(model, optimizer, batches(1)[0], governor).snapshot is None
+    assert not model._forward_hooks

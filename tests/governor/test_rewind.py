@@ -86,6 +86,7 @@ def test_a_second_failure_goes_back_again():
 def test_a_failed_promise_returns_to_the_run_that_was_given_up():
     model, optimizer = made()
     rewind = Rewind(model, (optimizer,))
+    rewind.recording = True
     feed = rewind.data(batches(9))
     for step in range(1, 7):
         move(model, optimizer, next(feed))
@@ -140,3 +141,38 @@ def test_copies_and_batches_do_not_pile_up_while_nothing_is_calm():
         move(model, optimizer, tokens, governor)
     assert not governor.rewind.moments
     assert not governor.rewind.batches
+
+
+def test_a_rollback_is_made_alone_and_forgets_what_was_done_to_the_weights_it_leaves():
+    limits = Limits(
+        AlarmLimits(logit_critical=50.0, weight_jump=3.0, finite=True),
+        ActionLimits(snapshot_every=5),
+    )
+    model, optimizer = made()
+    governor = LeadMetaArchitect(model, optimizer, limits=limits, every=2)
+    seen = []
+    for place, tokens in governor.data(enumerate(batches(20))):
+
+        def jump(model, optimizer, place=place):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(20.0 if place == 12 else 1.0)
+
+        seen.append(move(model, optimizer, tokens, governor, jump))
+    (back,) = changes(seen, "rollback")
+    (when,) = [step for step in seen if back in [a.change for a in step.decisions.applied]]
+    assert [item.change for item in when.decisions.applied] == [back]
+    assert not changes(seen, "qk_clip")
+    assert governor.telemetry.history[-1].scalars["weight_norm"] < 100
+
+
+@pytest.mark.parametrize("mode", ["observe", "act"])
+def test_batches_are_held_only_where_they_can_come_again(mode):
+    model, optimizer = made()
+    governor = LeadMetaArchitect(model, optimizer, mode=mode)
+    for place, tokens in enumerate(governor.data(batches(10))):
+        move(model, optimizer, tokens, governor)
+        if place == 6:
+            governor.detach()
+    assert not governor.rewind.batches
+    assert not governor.rewind.moments

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 from snapshots import snapshot
 
-from sixfold.contracts import Expectation, HeadId
+from sixfold.contracts import Expectation, HeadId, Snapshot
 from sixfold.governor.limits import PRESETS, preset
 from sixfold.governor.protocols import entropy_term, qk_clip
 from sixfold.governor.step import State, load_state, state_dict, step
@@ -191,3 +192,40 @@ def test_an_unknown_preset_names_the_nearest():
 def test_the_entropy_term_expects_half_its_floor():
     change = entropy_term.build(HeadId(1, 2), floor=0.4, coefficient=0.1, lasts=200, within=100)
     assert change.expects == Expectation("entropy", HeadId(1, 2), "rise", 0.2, 100)
+
+
+def light(number: int, loss: float, **scalars: float) -> Snapshot:
+    """A step between samples."""
+    return Snapshot(number, loss, {}, scalars, {})
+
+
+@pytest.mark.parametrize("losses", [(-6.8, -7.5), (-1.0, -1.4), (2.0, 2.9)])
+def test_losses_may_be_negative(losses):
+    first, later = losses
+    decided, _ = run([light(i + 1, first if i == 0 else later) for i in range(60)])
+    assert not any(d.alarms for d in decided)
+    worse = first + abs(first)
+    decided, _ = run([light(i + 1, first if i == 0 else worse) for i in range(60)])
+    assert any(d.alarms for d in decided)
+
+
+def test_what_stays_critical_between_samples_is_said_in_the_end():
+    limits = replace(DEFAULT, actions=replace(DEFAULT.actions, stop_after=50))
+    flat = {"rank_distance": ((1e-5, 1e-5),)}
+    series = [
+        snapshot(i + 1, [5.0, 5.0], signals=flat) if i % 10 == 0 else light(i + 1, 2.0)
+        for i in range(100)
+    ]
+    stops = [d.stop for d in run(series, limits)[0] if d.stop is not None]
+    assert len(stops) == 1
+    assert stops[0].startswith("all tokens have become one at the input of this layer")
+    assert "(layer 0)" in stops[0]
+    well = [snapshot(i + 1, [5.0]) if i % 10 == 0 else light(i + 1, 2.0) for i in range(100)]
+    assert not any(d.stop for d in run(well, limits)[0])
+
+
+def test_gradients_of_nan_for_ever_end_in_a_stop():
+    series = [light(i + 1, math.nan, gradient_norm=math.nan, loss_finite=0.0) for i in range(80)]
+    decided, state = run(series)
+    assert sum(d.stop is not None for d in decided) == 1
+    assert len(state.pending) < 50

@@ -31,7 +31,7 @@ from sixfold.contracts import (
 from sixfold.discover import load, unknown
 from sixfold.geometry.hexgrid import HexGrid
 from sixfold.ops.attend import choose, reference
-from sixfold.ops.attend.logits import reshaped
+from sixfold.ops.attend.logits import explicit, reshaped
 from sixfold.ops.statistics.choose import statistics
 
 Part = str | Mapping[str, Any]
@@ -207,12 +207,14 @@ class MultiHeadAttention(nn.Module):
             keys, value = cache.append("key", keys), cache.append("value", value)
         probe.mark("projection")
         visibility = self.reach(visibility, x.shape[1], past + source.shape[1], x.device)
-        rating, value, visibility = self._rate(query, keys, value, visibility)
+        # a probe is shown what heads say of keys: no clip could lower a sink
+        seen = self._capped(self.score(query, keys), visibility)
+        rating, value, visibility = self._with_sinks(seen, value)
         dropout = self.dropout if self.training else 0.0
         out = choose.attend(rating, value, visibility, dropout, self.impl)
         out = self.score.readout(out, query)
         probe.mark("attention")
-        probe.observe(Observation(rating, visibility, self.score.signed))
+        probe.observe(seen)
         mixed = self.mixer.mix_outputs(out.transpose(1, 2), self.impl)
         probe.mark("mixing")
         out = self.output(mixed.flatten(2))
@@ -245,8 +247,9 @@ class MultiHeadAttention(nn.Module):
         visibility = self._visibility(x, source, 0, attn_mask, key_mask, is_causal=is_causal)
         query, key, value = self._project(x, source, visibility, None)
         visibility = self.reach(visibility, x.shape[1], source.shape[1], x.device)
-        rating, _, visibility = self._rate(query, self.score.keys(key), value, visibility)
-        seen = Observation(rating, visibility, self.score.signed)
+        seen = self._capped(self.score(query, self.score.keys(key)), visibility)
+        rating, _, visibility = self._with_sinks(seen, value)
+        seen = seen._replace(rating=rating, visibility=visibility)
         found = statistics(seen, largest=largest, impl=impl)
         return found._replace(received=self._of_keys(found.received))
 
@@ -295,14 +298,17 @@ class MultiHeadAttention(nn.Module):
         turned = (rotate(part, past, self.rope_theta) for part in (emitted.query, emitted.key))
         return Emission(*turned, emitted.value)
 
-    def _rate(
-        self, query: Any, keys: Tensor, value: Tensor, visibility: Visibility
-    ) -> tuple[Rating, Tensor, Visibility]:
-        """The score's rating, capped and with a sink where this layer has them."""
-        rating = self.score(query, keys)
-        if self.softcap is None and self.sinks is None:
-            return rating, value, visibility
-        return reshaped(rating, value, visibility, self.softcap, self.sinks)
+    def _capped(self, rating: Rating, visibility: Visibility) -> Observation:
+        """What the heads say of the keys: the score's rating, capped where this layer caps."""
+        if self.softcap is not None:
+            rating, visibility = explicit(rating, visibility, self.softcap)
+        return Observation(rating, visibility, self.score.signed)
+
+    def _with_sinks(self, seen: Observation, value: Tensor) -> tuple[Rating, Tensor, Visibility]:
+        """The same with the sinks that this layer has."""
+        if self.sinks is None:
+            return seen.rating, value, seen.visibility
+        return reshaped(seen.rating, value, seen.visibility, None, self.sinks)
 
     def _of_keys(self, per_key: Tensor) -> Tensor:
         """What is said of each key, without the sink before them."""

@@ -87,6 +87,11 @@ def own_median(memory: Memory, signal: str, head: HeadId) -> float | None:
     return statistics.median(values) if values else None
 
 
+def worst_loss(first: float, ratio: float) -> float:
+    """What a loss must not stay above: `ratio` times the first, also where losses are negative."""
+    return first + (ratio - 1) * abs(first)
+
+
 def remember(memory: Memory, snapshot: Snapshot, limits: AlarmLimits) -> dict[str, Any]:
     """The memory's series with this snapshot in them."""
     found: dict[str, Any] = {}
@@ -100,7 +105,7 @@ def remember(memory: Memory, snapshot: Snapshot, limits: AlarmLimits) -> dict[st
         found["losses"] = (*memory.losses, loss)[-STEPS:]
         found["first_loss"] = first = loss if first is None else first
     if not math.isnan(loss) and first is not None and limits.loss_ratio is not None:
-        worse = not loss <= limits.loss_ratio * first
+        worse = not loss <= worst_loss(first, limits.loss_ratio)
         since = snapshot.step if memory.worse_since is None else memory.worse_since
         found["worse_since"] = since if worse else None
     if "weight_norm" in snapshot.scalars:

@@ -7,7 +7,7 @@ import traceback
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -145,11 +145,6 @@ class LeadMetaArchitect:
         return self.watch.layers
 
     @property
-    def generator(self) -> torch.Generator:
-        """For changes that need chance: its own, and the same whenever a step is made again."""
-        return torch.Generator().manual_seed(self.now)
-
-    @property
     def logs(self) -> tuple[journal.File, ...]:
         """The telemetry and the journal on disk, or nothing."""
         return self.records.files
@@ -241,7 +236,7 @@ class LeadMetaArchitect:
         given = (x for x in (*inputs, *named.values()) if isinstance(x, Tensor))
         x = next((x for x in given if x.ndim == 3 and x.is_floating_point()), None)
         training = self.model.training and torch.is_grad_enabled()
-        if x is None or number in self._inputs or not training:
+        if x is None or x.shape[1] < 2 or number in self._inputs or not training:
             return
         try:
             self._inputs[number] = collect.rank(x.detach())
@@ -289,6 +284,7 @@ class LeadMetaArchitect:
         ``for batch in governor.data(loader): ...``
         """
         self.limits = replace(self.limits, rewinding=self.limits.acting)
+        self.rewind.recording = self.limits.acting and not self._broken
         return self.rewind.data(batches)
 
     # ------------------------------------------------------------ after a step
@@ -311,7 +307,6 @@ class LeadMetaArchitect:
             return self._let_go(now, error)
 
     def _let_go(self, now: int, error: Exception) -> Seen:
-        self._broken = True
         self.detach()
         said = f"the governor failed at step {now} and let go: {error!r}"
         warnings.warn(
@@ -406,10 +401,22 @@ class LeadMetaArchitect:
         if not self.limits.acting:
             return
         for undone in decisions.undone:
-            undone.change.undo(self)
+            self._make(undone.number, undone.change, undone.change.undo)
         for applied in decisions.applied:
-            applied.change.apply(self)
+            self._make(applied.number, applied.change, applied.change.apply)
         self.rewind.keep(decisions.copies)
+
+    def _make(self, number: int, change: Change, make: Callable[[Any], None]) -> None:
+        """Make a change or take it back; one that the model refuses is told of and left out."""
+        try:
+            make(self)
+        except (ValueError, KeyError, IndexError) as error:
+            self.state = self.state.without(number)
+            warnings.warn(
+                f"{change.name} #{number} at {journal.name_of(change.target)} could not be made: "
+                f"{error}",
+                stacklevel=6,
+            )
 
     @torch.no_grad()
     def forget(self, piece: Piece) -> None:
@@ -537,7 +544,9 @@ class LeadMetaArchitect:
             self._arm()
 
     def detach(self) -> None:
-        """Let go of the model: no hook, no probe, no term, no shield stays behind."""
+        """Let go of the model for good: no hook, probe, term, shield or copy stays behind."""
+        self._broken = True
+        self.rewind.clear()
         if self.guard is not None:
             self.guard.remove()
         self.watch.disarm()
@@ -556,6 +565,7 @@ class LeadMetaArchitect:
             "now": self.now,
             "state": state_dict(self.state),
             "sizes": self._sizes,
+            "positions": {file.path.name: file.position() for file in self.logs},
             "terms": [[*target, *term] for target, term in self.terms.items()],
             "shields": {} if self.guard is None else dict(self.guard.shields),
             "bound": None if self.guard is None else self.guard.bound,
@@ -570,6 +580,7 @@ class LeadMetaArchitect:
         if self.guard is not None:
             self.guard.shields |= state["shields"]
             self.guard.bound = state["bound"]
+        self.records.go_on(state["positions"])
         self.journal.extend(self.records.journal())
         self._arm()
 

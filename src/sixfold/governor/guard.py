@@ -30,8 +30,10 @@ class Guard:
         ]
 
     def _before(self, optimizer: torch.optim.Optimizer, *unused: Any) -> None:  # noqa: ARG002
+        self._after(optimizer)  # a step that raised has left its shields up
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [p.grad for p in parameters if p.grad is not None]
+        gradients = [g.coalesce().values() if g.is_sparse else g for g in gradients]
         norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
         if self.before(norm):
             for parameter in parameters:

@@ -38,17 +38,23 @@ class File:
 
     def __init__(self, path: Path, position: int) -> None:
         self.path, self._log = path, None
-        if position:
-            self._log = Log(path, {}, position)
+        self.go_on(position)
 
     def append(
         self, rows: Sequence[Mapping[str, Any]], header: Callable[[], Mapping[str, Any]]
     ) -> None:
         """Write some rows, or only the header."""
         if self._log is None:
+            if self.path.exists() and self.path.stat().st_size:
+                warnings.warn(f"{self.path} of an earlier run is written anew", stacklevel=2)
             self._log = Log(self.path, header())
         for row in rows:
             self._log.append(row)
+
+    def go_on(self, position: int) -> None:
+        """Go on behind so many bytes, unless it is being written already."""
+        if self._log is None and position:
+            self._log = Log(self.path, {}, position)
 
     def position(self) -> int:
         """Bytes written so far, now on disk."""
@@ -100,6 +106,11 @@ class Logs:
         except OSError as error:
             self._lost = True
             warnings.warn(f"{error}; the governor goes on without its logs", stacklevel=2)
+
+    def go_on(self, positions: Mapping[str, int]) -> None:
+        """Go on behind so many bytes of each log, where they are not open yet."""
+        for file in self.files:
+            file.go_on(positions.get(file.path.name, 0))
 
     def journal(self) -> list[dict[str, Any]]:
         """The rows written so far."""

@@ -130,6 +130,13 @@ def low_entropy(now: Situation) -> Change | None:
     head, actions = now.alarm.target, now.limits.actions
     if now.made("entropy_term") >= actions.hard_after:
         return hard(now)
+    if (
+        now.made("entropy_term") > now.made("temperature") + 1
+        and head.layer not in now.limits.unscaled
+    ):
+        value = now.snapshot.signal("entropy", head)
+        if value is not None:
+            return temperature.build(head, value, actions.entropy_steps, actions.within)
     floor = alarms.own_median(now.memory, "entropy", head)
     if floor is None:
         return None

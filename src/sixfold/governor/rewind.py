@@ -40,10 +40,11 @@ class Rewind:
         self.again: deque[Any] = deque()
         self.given_up: Moment | None = None
         self.now = 0
+        self.recording = False
 
     def data(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The same batches; after a return those that were good come again."""
-        if not self.moments:
+        if self.recording and not self.moments:
             self.moments[self.now] = self.copied()
         for batch in batches:
             yield self._given(batch)
@@ -51,8 +52,15 @@ class Rewind:
                 yield self._given(self.again.popleft())
 
     def _given(self, batch: Any) -> Any:
-        self.batches.append((self.now + 1, batch))
+        if self.recording:
+            self.batches.append((self.now + 1, batch))
         return batch
+
+    def clear(self) -> None:
+        """Hold nothing any more; batches pass through."""
+        self.recording, self.given_up = False, None
+        self.moments.clear()
+        self.batches.clear()
 
     def keep(self, steps: Sequence[int]) -> None:
         """Have copies of exactly these steps; the one of this moment is made now."""

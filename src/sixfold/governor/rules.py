@@ -8,7 +8,16 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from sixfold.contracts import WHOLE, HeadId, Snapshot, layer_of
-from sixfold.governor.alarms import FALLS, SHORT, STEPS, Alarm, Memory, history, own_median
+from sixfold.governor.alarms import (
+    FALLS,
+    SHORT,
+    STEPS,
+    Alarm,
+    Memory,
+    history,
+    own_median,
+    worst_loss,
+)
 from sixfold.governor.limits import AlarmLimits
 
 
@@ -52,7 +61,7 @@ def loss_rules(memory: Memory, snapshot: Snapshot, limits: AlarmLimits) -> Itera
         return
     first, since = memory.first_loss, memory.worse_since
     if limits.loss_ratio is not None and first is not None and since is not None:
-        limit = limits.loss_ratio * first
+        limit = worst_loss(first, limits.loss_ratio)
         if not loss <= limit and step - since >= limits.loss_patience:
             yield Alarm(step, "critical", "loss", WHOLE, loss, limit)
     if limits.loss_spike is not None and len(memory.losses) == STEPS:

@@ -16,6 +16,9 @@ from sixfold.governor import alarms, ladder, rules
 from sixfold.governor.alarms import Alarm, Memory
 from sixfold.governor.limits import Limits
 from sixfold.governor.protocols._weights import Weights
+from sixfold.governor.protocols.qk_clip import QKClip
+from sixfold.governor.protocols.rollback import Rollback
+from sixfold.governor.protocols.temperature import Temperature
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,10 @@ class State:
     snapshots: tuple[int, ...] = ()
     helpless_since: int | None = None
     stopped: bool = False
+
+    def without(self, number: int) -> State:
+        """The same without a change that could not be made."""
+        return replace(self, pending=tuple(p for p in self.pending if p.number != number))
 
     def with_change(self, number: int, change: Change, now: int) -> State:
         """The same with a change that someone made by hand."""
@@ -131,7 +138,13 @@ def step(state: State, snapshot: Snapshot, limits: Limits) -> tuple[State, Decis
             pending = [*pending, Pending(count, change, snapshot.step)]
         elif alarm.level == "critical" and not situation.waits():
             helpless = alarm
-    since, stop = patience(state, snapshot.step, helpless, limits)
+    back = next((item for item in applied if isinstance(item.change, Rollback)), None)
+    if back is not None:
+        # what else was decided looked at the run that is given up, and what was done to its weights
+        # since then is gone with it
+        applied = [back]
+        pending = [p for p in pending if p.number == back.number or survives(p, back.change.to)]
+    since, stop = patience(state, snapshot, helpless, limits)
     copies = kept_copies(state.snapshots, snapshot, memory, applied, limits)
     # what is only said is not in force: nothing of it can be judged or taken back
     in_force = tuple(pending) if limits.acting else ()
@@ -141,10 +154,18 @@ def step(state: State, snapshot: Snapshot, limits: Limits) -> tuple[State, Decis
     return state, Decisions(raised, judged, undone, tuple(applied), copies, stop)
 
 
+def survives(item: Pending, to: int) -> bool:
+    """Whether a change in force is still there after going back to step `to`."""
+    return item.step <= to or not isinstance(item.change, Weights | QKClip | Temperature)
+
+
 def patience(
-    state: State, now: int, helpless: Alarm | None, limits: Limits
+    state: State, snapshot: Snapshot, helpless: Alarm | None, limits: Limits
 ) -> tuple[int | None, str | None]:
     """Since when something critical has had no answer, and the sentence once that is too long."""
+    now = snapshot.step
+    if helpless is None and not snapshot.signals:
+        return state.helpless_since, None  # between samples nothing is known to be over
     if helpless is None or not limits.acting:
         return None, None
     since = now if state.helpless_since is None else state.helpless_since
@@ -195,6 +216,8 @@ def verdicts(
     for item in pending:
         expects = item.change.expects
         value = snapshot.signal(expects.signal, expects.target)
+        if value is None and snapshot.step >= item.step + 2 * expects.within:
+            value = math.nan  # what never came has not been kept
         if item.held is None and value is not None and snapshot.step > item.step:
             held = value < expects.bound if expects.direction == "fall" else value > expects.bound
             if held or snapshot.step >= item.step + expects.within:

@@ -28,17 +28,22 @@ class Weights:
         found = subject.layers[self.target.layer].pieces(self.target.head)
         return [(role, piece) for role in self.roles for piece in found[role]]
 
-    def altered(self, weight: Tensor, role: str, subject: Any) -> Tensor:
-        """What takes the place of `weight`."""
+    def altered(
+        self, weight: Tensor, role: str, subject: Any, generator: torch.Generator
+    ) -> Tensor:
+        """What takes the place of `weight`; chance comes from `generator` alone."""
         raise NotImplementedError
 
     @torch.no_grad()
     def apply(self, subject: Any) -> None:
         """Alter the weights, and forget the optimizer's moments of them."""
         pieces = self.pieces(subject)
-        subject.kept[self.name, self.target] = [piece.view().clone() for _, piece in pieces]
+        old = [piece.view().clone() for _, piece in pieces]
+        subject.kept.setdefault((self.name, self.target), []).append(old)
+        # a generator of its own, the same whenever this step is made again
+        generator = torch.Generator().manual_seed(hash((subject.now, *self.target)) % 2**63)
         for role, piece in pieces:
-            piece.view().copy_(self.altered(piece.view(), role, subject))
+            piece.view().copy_(self.altered(piece.view(), role, subject, generator))
             subject.forget(piece)
 
     @torch.no_grad()
@@ -47,7 +52,7 @@ class Weights:
 
         Raises KeyError where it is no longer known: copies do not outlive the process.
         """
-        kept = subject.kept.pop((self.name, self.target))
+        kept = subject.kept[self.name, self.target].pop()
         for (_, piece), old in zip(self.pieces(subject), kept, strict=True):
             piece.view().copy_(old)
             subject.forget(piece)

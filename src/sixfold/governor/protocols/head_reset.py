@@ -29,7 +29,9 @@ class HeadReset(Weights):
     roles: ClassVar[str] = "qkv"
     method: str = "orthogonal"
 
-    def altered(self, weight: Tensor, role: str, subject: Any) -> Tensor:
+    def altered(
+        self, weight: Tensor, role: str, subject: Any, generator: torch.Generator
+    ) -> Tensor:
         """A fresh weight; biases become zero."""
         if weight.ndim == 1:
             return torch.zeros_like(weight)
@@ -41,8 +43,8 @@ class HeadReset(Weights):
             return (fresh if fresh.shape == weight.shape else fresh.T).to(weight)
         fresh = torch.empty(weight.shape)
         if self.method == "xavier":
-            return torch.nn.init.xavier_uniform_(fresh, generator=subject.generator).to(weight)
-        torch.nn.init.orthogonal_(fresh, generator=subject.generator)
+            return torch.nn.init.xavier_uniform_(fresh, generator=generator).to(weight)
+        torch.nn.init.orthogonal_(fresh, generator=generator)
         usual = weights.float().square().mean((1, 2)).median().sqrt().to(fresh.device)
         return (fresh * usual / fresh.square().mean().sqrt()).to(weight)
 

@@ -1,6 +1,6 @@
 """Stir one head's W_Q and W_K: W <- W + 0.1 rms(W) z, z standard normal.
 
-The noise comes from a generator of its own, seeded by the target: the run's stays untouched.
+The noise comes from a generator of its own, seeded by step and head: the run's stays untouched.
 """
 
 from __future__ import annotations
@@ -26,9 +26,15 @@ class Perturbation(Weights):
     name: ClassVar[str] = "perturbation"
     cost: ClassVar[str] = "the head loses a tenth of its precision"
 
-    def altered(self, weight: Tensor, role: str, subject: Any) -> Tensor:  # noqa: ARG002
+    def altered(
+        self,
+        weight: Tensor,
+        role: str,  # noqa: ARG002
+        subject: Any,  # noqa: ARG002
+        generator: torch.Generator,
+    ) -> Tensor:
         """The weight with noise."""
-        noise = torch.randn(weight.shape, generator=subject.generator).to(weight)
+        noise = torch.randn(weight.shape, generator=generator).to(weight)
         return weight + SHARE * weight.float().square().mean().sqrt().to(weight) * noise
 
 

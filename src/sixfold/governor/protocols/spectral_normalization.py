@@ -25,7 +25,13 @@ class SpectralNormalization(Weights):
     name: ClassVar[str] = "spectral_normalization"
     cost: ClassVar[str] = "the head forgets how sharply it attended"
 
-    def altered(self, weight: Tensor, role: str, subject: Any) -> Tensor:  # noqa: ARG002
+    def altered(
+        self,
+        weight: Tensor,
+        role: str,  # noqa: ARG002
+        subject: Any,  # noqa: ARG002
+        generator: torch.Generator,  # noqa: ARG002
+    ) -> Tensor:
         """The weight over its largest singular value; a bias goes with its weight's own norm."""
         wide = weight.float()
         norm = torch.linalg.matrix_norm(wide, 2) if wide.ndim == 2 else wide.norm()

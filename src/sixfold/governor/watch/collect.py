@@ -112,12 +112,11 @@ class Whole:
 
     @torch.no_grad()
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.parameters = [
-            p for group in optimizer.param_groups for p in group["params"] if p.grad is not None
-        ]
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.sizes: list[float] = []
         self.before = [p.detach().clone() for p in self.parameters]
-        matrices = [p.grad for p in self.parameters if p.ndim > 1]
+        dense = [p for p in self.parameters if p.grad is not None and not p.grad.is_sparse]
+        matrices = [p.grad for p in dense if p.ndim > 1]
         norms = torch.stack(torch._foreach_norm(matrices)).tolist() if matrices else []
         sizes = [norm / g.numel() ** 0.5 for norm, g in zip(norms, matrices, strict=True)]
         reached = [size for size in sizes if size > 0]

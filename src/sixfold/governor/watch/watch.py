@@ -28,6 +28,29 @@ VISIBLE = ("sdpa", "flex_attention")
 """Implementations of transformers that come to a function of PyTorch."""
 
 
+class Eager:
+    """Compiled code runs as written while anyone holds it: watches let go in any order."""
+
+    def __init__(self) -> None:
+        self.holders = 0
+        self._stance = ExitStack()
+
+    def hold(self) -> None:
+        """One more wants it."""
+        if self.holders == 0:
+            self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+        self.holders += 1
+
+    def release(self) -> None:
+        """One less does."""
+        self.holders -= 1
+        if self.holders == 0:
+            self._stance.close()
+
+
+EAGER = Eager()
+
+
 def aside() -> AbstractContextManager[object]:
     """What is saved for backward inside is no part of an activation checkpoint around it.
 
@@ -110,7 +133,8 @@ class Watch:
         self.disarm()
         self._probe_of, self.error = probe_of, None
         if "torch._dynamo" in sys.modules:  # whatever is compiled has imported it
-            self._armed.enter_context(torch.compiler.set_stance("force_eager"))
+            EAGER.hold()
+            self._armed.callback(EAGER.release)
         begin = self.model.register_forward_pre_hook(self._begin)
         end = self.model.register_forward_hook(self._end, always_call=True)
         self._armed.callback(begin.remove)
