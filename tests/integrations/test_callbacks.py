@@ -496,7 +496,8 @@ def test_it_can_train_twice(tmp_path):
     trainer = trainer_of(tmp_path, model, callback)
     trainer.train()
     first = callback.governor
-    trainer.train()
+    with pytest.warns(UserWarning, match="of an earlier run is written anew"):
+        trainer.train()
     assert callback.governor is not first
     assert callback.governor.now == 8
 

@@ -449,6 +449,8 @@ class LeadMetaArchitect:
 
         Returns what was done, as it stands in the journal. Raises ValueError in observing mode.
         """
+        if self._broken:
+            raise ValueError("this governor has let go of its model: attach a new one")
         if not self.limits.acting:
             raise ValueError("this governor only observes: attach it with mode='act'")
         number = self.state.count + 1

@@ -37,13 +37,14 @@ class File:
     """
 
     def __init__(self, path: Path, position: int) -> None:
-        self.path, self._log = path, None
+        self.path, self._log, self._end = path, None, 0
         self.go_on(position)
 
     def append(
         self, rows: Sequence[Mapping[str, Any]], header: Callable[[], Mapping[str, Any]]
     ) -> None:
         """Write some rows, or only the header."""
+        self.go_on(self._end)
         if self._log is None:
             if self.path.exists() and self.path.stat().st_size:
                 warnings.warn(f"{self.path} of an earlier run is written anew", stacklevel=2)
@@ -58,12 +59,14 @@ class File:
 
     def position(self) -> int:
         """Bytes written so far, now on disk."""
-        return 0 if self._log is None else self._log.position()
+        return self._end if self._log is None else self._log.position()
 
     def close(self) -> None:
-        """Nothing more will be written."""
+        """Nothing more will be written; what was is still counted."""
         if self._log is not None:
+            self._end = self._log.position()
             self._log.close()
+            self._log = None
 
 
 class Logs:
