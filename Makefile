@@ -27,6 +27,7 @@ docs: $(VENV)/.docs
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/ops.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/overhead.py
 
 pictures: $(VENV)/.run
 	$(BIN)/python benchmarks/pictures.py

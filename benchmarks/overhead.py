@@ -4,7 +4,7 @@ Rows go to results/overhead.csv. Two copies of a transformer written without Six
 scaled_dot_product_attention) train on the same batches, a step of the one and then of the other; a round is
 as many steps as the governor's slowest rhythm has (50: singular values come with every fifth sample). The
 figure is the processor time of a governed round over that of a bare one, median over rounds and half the
-distance between the quartiles; and for each signal its share of the governed round. Run: make overhead.
+distance between the quartiles; and for each signal its share of the governed round. Run: make bench.
 """
 
 from __future__ import annotations
