@@ -230,3 +230,36 @@ def test_a_resumed_governor_goes_on_in_its_logs_and_a_fresh_one_says_what_it_ove
     fresh = LeadMetaArchitect(model, optimizer, every=2, folder=tmp_path)
     with pytest.warns(UserWarning, match="of an earlier run is written anew"):
         train(model, optimizer, fresh, 1)
+
+
+def test_sequences_of_one_token_are_no_collapse():
+    model, optimizer = made()
+    governor = LeadMetaArchitect(model, optimizer, every=1)
+    for tokens in batches(4):
+        move(model, optimizer, tokens[:, :2], governor)
+    assert not governor.journal
+    assert all("rank_distance" not in s.signals for s in governor.telemetry.history)
+
+
+def test_two_governors_give_the_compiler_back_in_any_order():
+    import torch._dynamo  # whatever is compiled has imported it
+
+    from sixfold.governor.watch.watch import EAGER
+
+    governors = [LeadMetaArchitect(*pair) for pair in (made(), made())]
+    assert EAGER.holders == 2
+    for governor in governors:
+        governor.detach()
+    assert EAGER.holders == 0
+
+
+def test_layers_that_begin_to_learn_are_no_jump():
+    model, optimizer = made(1e-3)
+    for attention in model.attention:
+        attention.requires_grad_(requires_grad=False)
+    governor = LeadMetaArchitect(model, optimizer, every=2)
+    for place, tokens in enumerate(batches(12)):
+        if place == 6:
+            model.requires_grad_(requires_grad=True)
+        move(model, optimizer, tokens, governor)
+    assert not [row for row in governor.journal if row.get("signal") == "weight_norm"]
