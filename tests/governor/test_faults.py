@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import os
 import time
@@ -19,6 +20,7 @@ from sixfold.contracts import HeadId
 from sixfold.governor import journal
 from sixfold.governor.limits import AlarmLimits, Limits
 from sixfold.governor.replay import replay
+from sixfold.governor.watch.watch import EAGER
 
 
 def train(model, optimizer, governor, steps=6):
@@ -242,9 +244,7 @@ def test_sequences_of_one_token_are_no_collapse():
 
 
 def test_two_governors_give_the_compiler_back_in_any_order():
-    import torch._dynamo  # whatever is compiled has imported it
-
-    from sixfold.governor.watch.watch import EAGER
+    importlib.import_module("torch._dynamo")  # whatever is compiled has imported it
 
     governors = [LeadMetaArchitect(*pair) for pair in (made(), made())]
     assert EAGER.holders == 2
