@@ -229,3 +229,15 @@ def test_gradients_of_nan_for_ever_end_in_a_stop():
     decided, state = run(series)
     assert sum(d.stop is not None for d in decided) == 1
     assert len(state.pending) < 50
+
+
+def test_a_dead_head_is_told_of_once():
+    dead = {"gradient_norm": ((1.0, 0.0),)}
+    series = [
+        snapshot(i + 1, [5.0, 5.0], signals=dead, scalars={"gradient_norm": 1.0})
+        if i % 10 == 0
+        else light(i + 1, 2.0, gradient_norm=1.0)
+        for i in range(80)
+    ]
+    told = [alarm.target for d in run(series)[0] for alarm in d.alarms]
+    assert told == [HeadId(0, 1)]

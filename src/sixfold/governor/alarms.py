@@ -162,10 +162,10 @@ def cleared(key: tuple[str, str, int, int], snapshot: Snapshot, limits: AlarmLim
         return True
     if (layer, head) == WHOLE and signal in ("update_ratio", "weight_norm", "weight_growth"):
         return "weight_norm" in snapshot.scalars
+    if (layer, head) == WHOLE:
+        return signal in snapshot.scalars or signal in snapshot.times_us
     if signal != "max_logit":
-        return any(
-            signal in found for found in (snapshot.signals, snapshot.scalars, snapshot.times_us)
-        )
+        return signal in snapshot.signals
     if signal not in snapshot.signals:
         return False
     value = snapshot.signal(signal, HeadId(layer, head))
