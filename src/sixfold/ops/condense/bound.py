@@ -1,0 +1,61 @@
+"""How far attention over meta-tokens can be from attention over all tokens.
+
+Where no logit moves by more than e, no weight changes by more than the factor exp(2e), so no
+coordinate of the output moves by more than (exp(2e) - 1) max |v|. A logit moves with its token's
+features to those of its group: by at most scale |q| times the diagonal of the box around them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sixfold.contracts import Features
+from sixfold.ops.condense import cells
+from sixfold.ops.condense.pyramid import Keys, Pyramid, Rules
+
+
+def radii(key: Tensor, keys: Keys, pyramid: Pyramid, rules: Rules) -> list[Tensor]:
+    """Diagonals of the boxes around each group and its tokens, by scale (b, h, cells, capacity)."""
+    found = []
+    token = torch.arange(key.shape[-2], device=key.device)
+    for scale, (level, place) in enumerate(zip(*pyramid, strict=True)):
+        group = keys(level.joined().moments)
+        slot = token // (rules.block << scale) * rules.capacity + place
+        inside = min(key.shape[-2], level.size.shape[-2] * (rules.block << scale))
+        index = slot[..., :inside, None].expand(*key.shape[:-2], inside, key.shape[-1])
+        high = group.scatter_reduce(-2, index, key[..., :inside, :], "amax")
+        low = group.scatter_reduce(-2, index, key[..., :inside, :], "amin")
+        alone = level.size <= 1
+        apart = (high - low).norm(dim=-1).view_as(level.size)
+        found.append(apart.masked_fill(alone, 0.0))
+    return found
+
+
+def logit_error(
+    rating: Features, keys: Keys, pyramid: Pyramid, rules: Rules, *, is_causal: bool
+) -> Tensor:
+    """By how much a logit of each query may be wrong, nats, (b, h, n)."""
+    query, key, scale = rating
+    n, m = query.shape[-2], key.shape[-2]
+    num_blocks, first = -(-m // rules.block), (m - n) // rules.block
+    table = cells.table(first, num_blocks, pyramid.counts, is_causal=is_causal)
+    if not table.numel():
+        return query.new_zeros(query.shape[:-1])
+    largest = torch.cat([r.amax(-1) for r in radii(key, keys, pyramid, rules)], dim=-1)
+    table = table.to(key.device)
+    seen = largest[..., table.clamp(min=0)].masked_fill(table < 0, 0.0).amax(-1)
+    block = torch.arange(m - n, m, device=key.device) // rules.block - first
+    radius = seen[..., block].repeat_interleave(query.shape[1] // key.shape[1], 1)
+    return abs(scale) * query.norm(dim=-1) * radius
+
+
+def output_error(logit_error: Tensor, value: Tensor) -> Tensor:
+    """By how much any coordinate of an output may be wrong, (b, h, n).
+
+    logit_error (b, h, n); value (b, h_kv, m, d_v). Weights that sum to 1 are apart by at most 2.
+    """
+    largest = (
+        value.abs().amax((-2, -1)).repeat_interleave(logit_error.shape[1] // value.shape[1], 1)
+    )
+    return torch.expm1(2 * logit_error).clamp(max=2.0) * largest[..., None]

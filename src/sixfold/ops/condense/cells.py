@@ -1,0 +1,100 @@
+"""Which cells of a sequence a block of queries sees: near blocks token by token, the far field by
+meta-tokens, the coarser the farther.
+
+A cell of scale s spans 2^s blocks. From the near field outward the blocks are tiled by one or two
+cells of every scale, as in the fast multipole method: a block sees O(log N) cells.
+Source: Greengard and Rokhlin, J. Comput. Phys. 73 (1987), section 2.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+NEAR = 1
+"""Blocks on each side of a query's own that are seen token by token."""
+
+
+class Cell(NamedTuple):
+    """Blocks [number * 2^scale, (number + 1) * 2^scale)."""
+
+    scale: int
+    number: int
+
+    @property
+    def blocks(self) -> range:
+        """The blocks it spans, also those beyond the end of a sequence."""
+        return range(self.number << self.scale, (self.number + 1) << self.scale)
+
+
+def before(end: int, scales: int) -> list[Cell]:
+    """The cells that tile blocks [0, end), from the end outward.
+
+    >>> [tuple(cell) for cell in before(7, 8)]
+    [(0, 6), (1, 2), (2, 0)]
+    """
+    found, scale = [], 0
+    while end > 0:
+        found.append(Cell(scale, (end >> scale) - 1))
+        end -= 1 << scale
+        if end % (2 << scale) == 0 and scale + 1 < scales:
+            scale += 1
+    return found
+
+
+def after(start: int, num_blocks: int, scales: int) -> list[Cell]:
+    """The cells that tile blocks [start, num_blocks), from the start outward.
+
+    >>> [tuple(cell) for cell in after(3, 8, 8)]
+    [(0, 3), (1, 2), (1, 3)]
+    """
+    found, scale = [], 0
+    while start < num_blocks:
+        found.append(Cell(scale, start >> scale))
+        start += 1 << scale
+        if start % (2 << scale) == 0 and scale + 1 < scales:
+            scale += 1
+    return found
+
+
+def far(block: int, num_blocks: int, scales: int, *, is_causal: bool) -> list[Cell]:
+    """The cells that a block of queries sees by meta-tokens."""
+    found = before(block - NEAR, scales)
+    return found if is_causal else found + after(block + NEAR + 1, num_blocks, scales)
+
+
+def num_cells(num_tokens: int, block: int, scale: int, *, is_causal: bool) -> int:
+    """Cells of a scale: those that are full, or all where what comes after is seen too.
+
+    >>> [num_cells(100, 8, scale, is_causal=True) for scale in range(4)]
+    [12, 6, 3, 1]
+    """
+    span = block << scale
+    return num_tokens // span if is_causal else -(-num_tokens // span)
+
+
+@lru_cache(maxsize=256)
+def num_scales(first: int, num_blocks: int, scales: int | None, *, is_causal: bool) -> int:
+    """Scales that the blocks from `first` on see, at most `scales`."""
+    most = num_blocks.bit_length() if scales is None else scales
+    seen = (far(block, num_blocks, most, is_causal=is_causal) for block in range(first, num_blocks))
+    return max((cell.scale for cells in seen for cell in cells), default=-1) + 1
+
+
+@lru_cache(maxsize=256)
+def table(first: int, num_blocks: int, counts: tuple[int, ...], *, is_causal: bool) -> Tensor:
+    """For blocks from `first` on, the cells they see, (blocks, slots); -1 where there is none.
+
+    Cells of all scales are numbered through, finer scales first; counts: how many each scale has.
+    """
+    offsets, scales = [0, *accumulate(counts)], len(counts)
+    seen = (
+        far(block, num_blocks, scales, is_causal=is_causal) for block in range(first, num_blocks)
+    )
+    rows = [[offsets[cell.scale] + cell.number for cell in cells] for cells in seen]
+    slots = max(map(len, rows), default=0)
+    return torch.tensor([row + [-1] * (slots - len(row)) for row in rows], device="cpu")

@@ -1,0 +1,112 @@
+"""Near tokens and far meta-tokens under one softmax, a block of queries at a time, on SDPA."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from sixfold.contracts import Features
+from sixfold.ops.attend.features import columns, equal_widths
+from sixfold.ops.condense import cells
+from sixfold.ops.condense.groups import Tokens
+from sixfold.ops.condense.pyramid import Keys, Pyramid, Rules
+
+EMPTY = -1e4
+"""Logit of a place that nothing is in: its weight rounds to zero in every dtype."""
+
+
+def in_blocks(tokens: Tensor, block: int, front: int = 0) -> Tensor:
+    """(..., m, w) to (..., blocks, block, w), zeros at `front` and at the end."""
+    behind = -(front + tokens.shape[-2]) % block
+    return pad(tokens, (0, 0, front, behind)).unflatten(-2, (-1, block))
+
+
+def with_sizes(key: Tensor, size: Tensor) -> Tensor:
+    """Keys (..., w) and columns with the logarithm of their size (...)."""
+    own = torch.where(size > 0, size.clamp(min=1).log(), EMPTY)[..., None]
+    rounded = own.to(key.dtype)
+    rest = [(own - rounded.to(own.dtype)).to(key.dtype)] * (columns(key.dtype) - 1)
+    return torch.cat([key, rounded, *rest], dim=-1)
+
+
+def beside(places: Tensor, first: int, *, is_causal: bool) -> Tensor:
+    """Each block from `first` on with its neighbours: (..., blocks, near places, w)."""
+    after = 0 if is_causal else cells.NEAR
+    padded = pad(places, (0, 0, 0, 0, cells.NEAR, after))
+    count = places.shape[-3] - first
+    near = [padded.narrow(-3, first + shift, count) for shift in range(cells.NEAR + 1 + after)]
+    return torch.cat(near, dim=-2)
+
+
+def seen(first: int, num_blocks: int, block: int, *, is_causal: bool) -> Tensor:
+    """Which near places a query sees, (blocks, block, near places)."""
+    number = torch.arange(first, num_blocks, device="cpu")[:, None, None]
+    query = number * block + torch.arange(block, device="cpu")[:, None]
+    near = (cells.NEAR + 1 + (0 if is_causal else cells.NEAR)) * block
+    key = (number - cells.NEAR) * block + torch.arange(near, device="cpu")
+    inside = (key >= 0) & (key < num_blocks * block)
+    return inside & (key <= query) if is_causal else inside.expand(-1, block, -1)
+
+
+def attend(
+    rating: Features,
+    keys: Keys,
+    tokens: Tokens,
+    pyramid: Pyramid,
+    rules: Rules,
+    *,
+    is_causal: bool,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Softmax of the reference's logits over the values, (b, h, n, d_v), never held.
+
+    Cost n (near places + capacity cells), where a query sees O(log m) cells.
+    """
+    query, key, scale = rating
+    n, m, block = query.shape[-2], key.shape[-2], rules.block
+    num_blocks, first = -(-m // block), (m - n) // block
+    ones = query.new_full((1,), 1 / scale).expand(*query.shape[:-1], columns(query.dtype))
+    query = in_blocks(torch.cat([query, ones], -1), block, front=(m - n) % block)
+    size = in_blocks(tokens.size[..., None], block)[..., 0]
+    key = beside(with_sizes(in_blocks(key, block), size), first, is_causal=is_causal)
+    value = beside(in_blocks(tokens.value, block), first, is_causal=is_causal)
+    mask = seen(first, num_blocks, block, is_causal=is_causal)
+    table = cells.table(first, num_blocks, pyramid.counts, is_causal=is_causal)
+    if table.numel():
+        flat = [level.joined() for level in pyramid.levels]
+        levels = [(with_sizes(keys(t.moments), t.size), t.value) for t in flat]
+        far = [picked(parts, table, rules.capacity) for parts in zip(*levels, strict=True)]
+        key, value = torch.cat([key, far[0]], -2), torch.cat([value, far[1]], -2)
+        there = (table >= 0).repeat_interleave(rules.capacity, 1)
+        mask = torch.cat([mask, there[:, None].expand(-1, block, -1)], -1)
+    out = joined(query, key, value, mask.to(query.device), scale, dropout)
+    front = (m - n) % block
+    return out[..., front : front + n, : tokens.value.shape[-1]]
+
+
+def picked(levels: tuple[Tensor, ...], table: Tensor, capacity: int) -> Tensor:
+    """Cells as each block sees them: (b, h, cells * capacity, w) to (b, h, blocks, places, w)."""
+    index = table.clamp(min=0).flatten().to(levels[0].device)
+    chosen = torch.cat(levels, dim=2).unflatten(2, (-1, capacity)).index_select(2, index)
+    return chosen.unflatten(2, table.shape).flatten(3, 4)
+
+
+def joined(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, dropout: float
+) -> Tensor:
+    """One softmax for every block of queries: (b, h, blocks, places, w) to (b, h, n, d_v)."""
+    batch = query.shape[0]
+    parts = (part.transpose(1, 2).flatten(0, 1) for part in (query, key, value))
+    query, key, value = equal_widths(*parts)
+    mask = mask[:, None].repeat(batch, 1, 1, 1)
+    out = scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=dropout,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)

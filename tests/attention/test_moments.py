@@ -1,0 +1,93 @@
+"""Moments of tokens: what they hold, and what the mean of several describes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.distributions import MultivariateNormal, kl_divergence
+
+from sixfold.attention import moments as M
+from sixfold.contracts import Belief
+
+D = 3
+
+
+def belief(*, frames: bool) -> Belief:
+    """Random beliefs (2, 2, 5, d)."""
+    shape = (2, 2, 5, D, D)
+    factor = torch.randn(shape, dtype=torch.float64).tril(-1)
+    factor = factor + torch.diag_embed(0.5 + torch.rand(shape[:-1], dtype=torch.float64))
+    mean = torch.randn(shape[:-1], dtype=torch.float64)
+    if not frames:
+        return Belief(mean, factor)
+    turn = 0.3 * torch.randn(shape, dtype=torch.float64)
+    frame = torch.matrix_exp(turn)
+    return Belief(mean, factor, frame, frame.inverse(), turn.diagonal(dim1=-2, dim2=-1).sum(-1))
+
+
+def gaussian(mean, factor) -> MultivariateNormal:
+    return MultivariateNormal(mean, scale_tril=factor)
+
+
+@pytest.mark.parametrize("frames", [False, True])
+def test_beliefs_come_back_in_the_frame_they_share(frames):
+    torch.manual_seed(0)
+    given = belief(frames=frames)
+    found = M.described(M.moments(given, "belief"), "belief", D, torch.float64)
+    mean, root = given.mean, given.factor
+    if frames:
+        mean, root = (given.inverse @ mean[..., None])[..., 0], given.inverse @ root
+    torch.testing.assert_close(found.mean, mean, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found.factor @ found.factor.mT, root @ root.mT, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("frames", [False, True])
+def test_the_divergence_is_that_of_torch_distributions_both_ways(frames):
+    torch.manual_seed(0)
+    moments = M.moments(belief(frames=frames), "belief")
+    one, other = moments[:, :, :-1], moments[:, :, 1:]
+    p, q = (gaussian(*M.described(x, "belief", D, torch.float64)[:2]) for x in (one, other))
+    expected = kl_divergence(p, q) + kl_divergence(q, p)
+    torch.testing.assert_close(M.divergence(one, other, "belief", D), expected, rtol=1e-10, atol=0)
+
+
+def test_a_diagonal_belief_is_a_full_one_with_a_diagonal_factor():
+    torch.manual_seed(0)
+    mean, std = torch.randn(1, 1, 6, D).double(), (0.5 + torch.rand(1, 1, 6, D)).double()
+    narrow = M.moments(Belief(mean, std), "diagonal belief")
+    full = M.moments(Belief(mean, torch.diag_embed(std)), "belief")
+    found = M.divergence(narrow[:, :, 1:], narrow[:, :, :-1], "diagonal belief", D)
+    expected = M.divergence(full[:, :, 1:], full[:, :, :-1], "belief", D)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+def test_points_are_gaussians_with_unit_covariance():
+    torch.manual_seed(0)
+    point = torch.randn(1, 1, 6, D, dtype=torch.float64)
+    unit = Belief(point, torch.eye(D, dtype=torch.float64).expand(1, 1, 6, D, D))
+    full = M.moments(unit, "belief")
+    found = M.divergence(point[:, :, 1:], point[:, :, :-1], "point", D)
+    expected = M.divergence(full[:, :, 1:], full[:, :, :-1], "belief", D)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_mean_of_moments_is_the_closest_gaussian_to_the_mixture():
+    torch.manual_seed(0)
+    given = belief(frames=False)
+    mixed = M.described(
+        M.moments(given, "belief").mean(2, keepdim=True), "belief", D, torch.float64
+    )
+    draws = torch.stack([gaussian(given.mean, given.factor).sample() for _ in range(20_000)])
+    samples = draws.movedim(0, 3).flatten(2, 3)[0, 0]
+    torch.testing.assert_close(samples.mean(0), mixed.mean[0, 0, 0], rtol=0, atol=0.03)
+    covariance = (mixed.factor @ mixed.factor.mT)[0, 0, 0]
+    torch.testing.assert_close(samples.T.cov(), covariance, rtol=0, atol=0.06)
+
+
+@pytest.mark.parametrize("schema", ["point", "diagonal belief", "belief"])
+def test_empty_places_describe_something_finite(schema):
+    empty = torch.zeros(1, 1, 2, M.width(schema, D))
+    found = M.described(empty, schema, D, torch.float32)
+    parts = [found] if schema == "point" else found[:2]
+    assert all(part.isfinite().all() for part in parts)
+    assert M.divergence(empty, empty, schema, D).abs().max() < 1e-6

@@ -1,0 +1,224 @@
+"""Meta-tokens: what condenses, what it costs in accuracy, and that the fast path is the reference."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from sixfold.contracts import Features, Visibility
+from sixfold.ops.attend import reference as attention
+from sixfold.ops.condense import bound, cells, fused, groups, pyramid, reference
+from sixfold.ops.condense.groups import Tokens
+from sixfold.ops.condense.pyramid import Rules
+
+
+def distance(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    return (one - other).square().sum(-1)
+
+
+def same(moments: torch.Tensor) -> torch.Tensor:
+    return moments
+
+
+class Sequence:
+    """Random queries, keys and values, and attention over them in every way."""
+
+    def __init__(self, rules, *, n=61, m=61, heads=(4, 2), causal=True, key=None, seed=0) -> None:
+        torch.manual_seed(seed)
+        h, h_kv = heads
+        self.rules, self.causal, self.groups = rules, causal, h // h_kv
+        self.query = torch.randn(2, h, n, 8, dtype=torch.float64, requires_grad=True)
+        key = torch.randn(2, h_kv, m, 8, dtype=torch.float64) if key is None else key
+        self.key = key.requires_grad_()
+        self.value = torch.randn(2, h_kv, m, 5, dtype=torch.float64, requires_grad=True)
+        self.leaves = (self.query, self.key, self.value)
+
+    @property
+    def rating(self) -> Features:
+        return Features(self.query, self.key, 0.4)
+
+    @property
+    def tokens(self) -> Tokens:
+        return Tokens(self.key, self.value, torch.ones_like(self.key[..., 0]))
+
+    @property
+    def pyramid(self) -> pyramid.Pyramid:
+        m, block = self.key.shape[-2], self.rules.block
+        scales = cells.num_scales(0, -(-m // block), self.rules.scales, is_causal=self.causal)
+        return pyramid.build(self.tokens, distance, self.rules, scales, is_causal=self.causal)
+
+    def fused(self) -> torch.Tensor:
+        given = (self.rating, same, self.tokens, self.pyramid, self.rules)
+        return fused.attend(*given, is_causal=self.causal)
+
+    def explicit(self) -> torch.Tensor:
+        given = (self.rating, same, self.pyramid, self.rules)
+        found = reference.logits(*given, is_causal=self.causal)
+        n, m = found.shape[-2:]
+        mask = attention.visible(Visibility(None, self.causal), n, m, found.device)
+        weights = attention.masked(found, mask).softmax(-1)
+        return weights @ self.value.repeat_interleave(self.groups, 1)
+
+    def full(self) -> torch.Tensor:
+        return attention.attend(self.rating, self.value, Visibility(None, self.causal), 0.0)
+
+
+RULES = [Rules(8, 4, 1.0), Rules(8, 8, 0.0, 1), Rules(8, 1, 100.0), Rules(16, 3, 30.0, 2)]
+LENGTHS = [(61, 61), (64, 64), (5, 61), (1, 57), (7, 7), (200, 200)]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("scales", [1, 2, 8])
+@pytest.mark.parametrize("num_blocks", [1, 2, 3, 7, 16, 37])
+def test_cells_tile_the_far_field(num_blocks, scales, causal):
+    for block in range(num_blocks):
+        found = cells.far(block, num_blocks, scales, is_causal=causal)
+        spanned = [b for cell in found for b in cell.blocks if b < num_blocks]
+        last = block if causal else block + cells.NEAR
+        near = range(max(0, block - cells.NEAR), min(num_blocks, last + 1))
+        everything = range(block + 1) if causal else range(num_blocks)
+        assert sorted([*spanned, *near]) == list(everything)
+        by_scale = [sum(cell.scale == s for cell in found) for s in range(scales - 1)]
+        assert max(by_scale, default=0) <= (2 if causal else 4)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("rules", RULES, ids=str)
+@pytest.mark.parametrize(("n", "m"), LENGTHS)
+def test_the_fast_path_is_the_reference(n, m, rules, causal):
+    sequence = Sequence(rules, n=n, m=m, causal=causal)
+    out, expected = sequence.fused(), sequence.explicit()
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-13)
+    flow = torch.randn_like(out)
+    ours = torch.autograd.grad(out, sequence.leaves, flow)
+    theirs = torch.autograd.grad(expected, sequence.leaves, flow)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_threshold_zero_is_full_attention(causal):
+    for m in (61, 128):
+        sequence = Sequence(Rules(8, 8, 0.0, 1), n=m, m=m, causal=causal)
+        torch.testing.assert_close(sequence.fused(), sequence.full(), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_equal_neighbours_merge_without_error(causal):
+    key = torch.randn(2, 2, 16, 8, dtype=torch.float64).repeat_interleave(8, 2)
+    # one group for every eight tokens, and for the two of a cell of the next scale
+    sequence = Sequence(Rules(16, 2, 1e-12, 1), n=128, m=128, causal=causal, key=key)
+    assert (sequence.pyramid.levels[0].size > 0).sum() == 2 * 2 * 16
+    torch.testing.assert_close(sequence.fused(), sequence.full(), rtol=0, atol=1e-14)
+
+
+def test_groups_are_what_the_threshold_says():
+    moments = torch.tensor([0.0, 0.1, 0.2, 1.0, 1.1, 5.0, 5.0, 9.0])[None, :, None]
+    tokens = Tokens(moments, moments, torch.ones(1, 8))
+    apart = groups.apart(tokens, distance)
+    begins = groups.beginnings(apart, 0.02, 8)
+    assert begins[0].tolist() == [True, False, False, True, False, True, False, True]
+    found, place = groups.condense(tokens, begins, 8)
+    assert place[0].tolist() == [0, 0, 0, 1, 1, 2, 2, 3]
+    assert found.size[0].tolist() == [3, 2, 2, 1, 0, 0, 0, 0]
+    expected = torch.tensor([0.1, 1.05, 5.0, 9.0, 0, 0, 0, 0])
+    torch.testing.assert_close(found.moments[0, :, 0], expected)
+    # strict: neighbours exactly at the threshold stay apart, and 0 keeps equal ones apart too
+    assert groups.beginnings(apart, 0.0, 8).all()
+    # no room for four groups: the two that are closest to each other become one
+    assert groups.beginnings(apart, 0.02, 3)[0].nonzero().flatten().tolist() == [0, 5, 7]
+
+
+def test_empty_places_are_passed_over():
+    moments = torch.tensor([0.0, 7.0, 7.0, 0.1])[None, :, None]
+    tokens = Tokens(moments, moments, torch.tensor([[2.0, 0.0, 0.0, 1.0]]))
+    apart = groups.apart(tokens, distance)
+    torch.testing.assert_close(apart[0], torch.tensor([torch.inf, -torch.inf, -torch.inf, 0.01]))
+    found, _ = groups.condense(tokens, groups.beginnings(apart, 1.0, 2), 2)
+    torch.testing.assert_close(found.moments[0, 0, 0], torch.tensor(0.1 / 3))
+    assert found.size[0].tolist() == [3.0, 0.0]
+
+
+@pytest.mark.parametrize("rules", [Rules(8, 4, 1.0), Rules(8, 2, 100.0, 3)], ids=str)
+def test_every_token_counts_once(rules):
+    sequence = Sequence(rules, m=100, n=100)
+    for scale, level in enumerate(sequence.pyramid.levels):
+        assert (level.size.sum(-1) == 8 << scale).all()
+    alike = Sequence(rules, n=100, m=100)
+    alike.value = torch.ones_like(alike.value)
+    torch.testing.assert_close(alike.fused(), torch.ones_like(alike.fused()))
+
+
+@pytest.mark.parametrize("moved", [3, 40, 63, 64, 99])
+def test_the_past_does_not_see_the_future(moved):
+    rules = Rules(8, 3, 4.0)
+    one, other = (Sequence(rules, n=100, m=100) for _ in range(2))
+    with torch.no_grad():
+        other.key[..., moved, :] += 10
+        other.value[..., moved, :] -= 10
+        assert torch.equal(one.fused()[..., :moved, :], other.fused()[..., :moved, :])
+        assert not torch.equal(one.fused()[..., moved, :], other.fused()[..., moved, :])
+
+
+def test_segments_are_one_pass():
+    whole = Sequence(Rules(8, 3, 4.0), n=100, m=100)
+    last = Sequence(Rules(8, 3, 4.0), n=100, m=100)
+    for m in (3, 57, 64, 99):
+        last.query, last.key = whole.query[..., m - 3 : m, :], whole.key[..., :m, :]
+        last.value = whole.value[..., :m, :]
+        torch.testing.assert_close(
+            last.fused(), whole.fused()[..., m - 3 : m, :], rtol=0, atol=1e-13
+        )
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_error_stays_under_the_bound_and_the_bound_falls_with_the_threshold(causal):
+    torch.manual_seed(0)
+    walk = 0.02 * torch.randn(2, 2, 160, 8, dtype=torch.float64).cumsum(2)
+    bounds = []
+    for threshold in (1.0, 3e-3, 1e-3, 3e-4, 0.0):
+        rules = Rules(16, 16, threshold, 1)
+        sequence = Sequence(rules, n=160, m=160, causal=causal, key=walk.clone())
+        given = (sequence.rating, same, sequence.pyramid, rules)
+        moved = reference.logits(*given, is_causal=causal)
+        exact = attention.logits(sequence.rating, Visibility(None, is_causal=False))
+        allowed = bound.logit_error(*given, is_causal=causal)
+        assert ((moved - exact).abs().amax(-1) <= allowed + 1e-12).all()
+        error = (sequence.fused() - sequence.full()).abs().amax(-1)
+        assert (error <= bound.output_error(allowed, sequence.value) + 1e-12).all()
+        bounds.append(allowed)
+    assert all((low <= high + 1e-12).all() for high, low in pairwise(bounds))
+    assert bounds[0].max() > 5 * bounds[2].max() > 0
+    assert bounds[-1].max() == 0
+
+
+def test_every_constituent_is_reached_by_the_gradient():
+    sequence = Sequence(Rules(8, 2, 1e9), n=1, m=96)
+    _, key, value = torch.autograd.grad(sequence.fused().square().sum(), sequence.leaves)
+    assert (key.abs().sum(-1) > 0).all()
+    assert (value.abs().sum(-1) > 0).all()
+
+
+def test_gradients_are_those_of_finite_differences():
+    sequence = Sequence(Rules(4, 2, 1.0), n=20, m=20, heads=(2, 1))
+
+    def out(query, key, value):
+        sequence.query, sequence.key, sequence.value = query, key, value
+        return sequence.explicit()
+
+    assert torch.autograd.gradcheck(out, sequence.leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sizes_survive_half_precision(dtype):
+    alike = torch.zeros(1, 1, 512, 8, dtype=dtype)
+    value = torch.linspace(0, 1, 512, dtype=dtype)[None, None, :, None].expand(1, 1, 512, 8)
+    rules = Rules(8, 1, 1.0)
+    tokens = Tokens(alike, value.contiguous(), torch.ones(1, 1, 512))
+    found = pyramid.build(tokens, distance, rules, 6, is_causal=True)
+    rating = Features(alike[..., -1:, :], alike, 1.0)
+    out = fused.attend(rating, same, tokens, found, rules, is_causal=True)
+    # the mean of all values, near ones and groups of 128 alike
+    torch.testing.assert_close(out.double(), torch.full_like(out.double(), 0.5), atol=4e-3, rtol=0)
