@@ -65,7 +65,10 @@ class Sequence:
         return attention.attend(self.rating, self.value, Visibility(None, self.causal), 0.0)
 
 
-RULES = [Rules(8, 4, 1.0), Rules(8, 8, 0.0, 1), Rules(8, 1, 100.0), Rules(16, 3, 30.0, 2)]
+RULES = [
+    Rules(8, 4, 1.0), Rules(8, 8, 0.0, 1), Rules(8, 1, 100.0), Rules(16, 3, 30.0, 2),
+    Rules(8, 4, 10.0, temperature=0.7),
+]  # fmt: skip
 LENGTHS = [(61, 61), (64, 64), (5, 61), (1, 57), (7, 7), (200, 200)]
 
 
@@ -120,8 +123,9 @@ def test_groups_are_what_the_threshold_says():
     apart = groups.apart(tokens, distance)
     begins = groups.beginnings(apart, 0.02, 8)
     assert begins[0].tolist() == [True, False, False, True, False, True, False, True]
-    found, place = groups.condense(tokens, begins, 8)
-    assert place[0].tolist() == [0, 0, 0, 1, 1, 2, 2, 3]
+    places = groups.places(begins, 8, moments.dtype)
+    assert places[0].argmax(-1).tolist() == [0, 0, 0, 1, 1, 2, 2, 3]
+    found = groups.condense(tokens, places)
     assert found.size[0].tolist() == [3, 2, 2, 1, 0, 0, 0, 0]
     expected = torch.tensor([0.1, 1.05, 5.0, 9.0, 0, 0, 0, 0])
     torch.testing.assert_close(found.moments[0, :, 0], expected)
@@ -136,7 +140,8 @@ def test_empty_places_are_passed_over():
     tokens = Tokens(moments, moments, torch.tensor([[2.0, 0.0, 0.0, 1.0]]))
     apart = groups.apart(tokens, distance)
     torch.testing.assert_close(apart[0], torch.tensor([torch.inf, -torch.inf, -torch.inf, 0.01]))
-    found, _ = groups.condense(tokens, groups.beginnings(apart, 1.0, 2), 2)
+    begins = groups.beginnings(apart, 1.0, 2)
+    found = groups.condense(tokens, groups.places(begins, 2, moments.dtype))
     torch.testing.assert_close(found.moments[0, 0, 0], torch.tensor(0.1 / 3))
     assert found.size[0].tolist() == [3.0, 0.0]
 
@@ -222,3 +227,48 @@ def test_sizes_survive_half_precision(dtype):
     out = fused.attend(rating, same, tokens, found, rules, is_causal=True)
     # the mean of all values, near ones and groups of 128 alike
     torch.testing.assert_close(out.double(), torch.full_like(out.double(), 0.5), atol=4e-3, rtol=0)
+
+
+def test_soft_places_become_hard_ones_as_the_temperature_falls():
+    torch.manual_seed(0)
+    apart = torch.rand(3, 12, dtype=torch.float64)
+    apart[:, 0] = torch.inf
+    hard = groups.places(groups.beginnings(apart, 0.5, 12), 12, apart.dtype)
+    still = torch.zeros_like(apart)
+    errors = [
+        (groups.soft_places(apart, 0.5, 12, t, still) - hard).abs().max() for t in (1.0, 0.1, 1e-3)
+    ]
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 1e-6
+    places = groups.soft_places(apart, 0.5, 4, 0.3, still)
+    torch.testing.assert_close(places.sum(-1), torch.ones_like(apart))
+
+
+def test_a_soft_place_depends_on_the_past_alone_and_teaches_the_threshold():
+    torch.manual_seed(0)
+    apart = torch.rand(12, dtype=torch.float64)
+    apart[0] = torch.inf
+    later = apart.clone()
+    later[7:] = torch.rand(5)
+    threshold = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    still = torch.zeros_like(apart)
+    one, other = (groups.soft_places(a, threshold, 6, 0.5, still) for a in (apart, later))
+    assert torch.equal(one[:7], other[:7])
+    weights = torch.arange(6, dtype=torch.float64)
+    (slope,) = torch.autograd.grad((one @ weights).sum(), threshold)
+    step = 1e-6
+    sides = [
+        (groups.soft_places(apart, 0.5 + sign * step, 6, 0.5, still) @ weights).sum()
+        for sign in (1, -1)
+    ]
+    torch.testing.assert_close(slope, (sides[0] - sides[1]) / (2 * step), rtol=1e-6, atol=0)
+
+
+def test_drawn_places_differ_and_average_to_what_is_likely():
+    torch.manual_seed(0)
+    apart = torch.tensor([torch.inf, 0.1, 2.0], dtype=torch.float64).expand(4000, 3)
+    noise = torch.rand_like(apart).logit()
+    places = groups.soft_places(apart, 0.5, 3, 1e-3, noise)
+    second = places[:, 1].argmax(-1).double().mean()
+    # a group begins with probability apart / (apart + threshold): a logistic variable's tail
+    torch.testing.assert_close(second, torch.tensor(0.1 / 0.6).double(), rtol=0, atol=0.03)

@@ -9,26 +9,25 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sixfold.contracts import Features
 from sixfold.ops.condense import cells
-from sixfold.ops.condense.pyramid import Keys, Pyramid, Rules
+from sixfold.ops.condense.pyramid import Keys, Pyramid, Rules, shares
 
 
-def radii(key: Tensor, keys: Keys, pyramid: Pyramid, rules: Rules) -> list[Tensor]:
+def radii(key: Tensor, keys: Keys, pyramid: Pyramid) -> list[Tensor]:
     """Diagonals of the boxes around each group and its tokens, by scale (b, h, cells, capacity)."""
     found = []
-    token = torch.arange(key.shape[-2], device=key.device)
-    for scale, (level, place) in enumerate(zip(*pyramid, strict=True)):
+    for level, share in zip(pyramid.levels, shares(pyramid), strict=True):
         group = keys(level.joined().moments)
-        slot = token // (rules.block << scale) * rules.capacity + place
-        inside = min(key.shape[-2], level.size.shape[-2] * (rules.block << scale))
-        index = slot[..., :inside, None].expand(*key.shape[:-2], inside, key.shape[-1])
-        high = group.scatter_reduce(-2, index, key[..., :inside, :], "amax")
-        low = group.scatter_reduce(-2, index, key[..., :inside, :], "amin")
-        alone = level.size <= 1
+        inside = pad(key, (0, 0, 0, share.shape[-3] * share.shape[-2] - key.shape[-2]))
+        cell = torch.arange(share.shape[-3], device=key.device)[:, None] * share.shape[-1]
+        place = (cell + share.argmax(-1)).flatten(-2)[..., None].expand_as(inside)
+        high = group.scatter_reduce(-2, place, inside, "amax")
+        low = group.scatter_reduce(-2, place, inside, "amin")
         apart = (high - low).norm(dim=-1).view_as(level.size)
-        found.append(apart.masked_fill(alone, 0.0))
+        found.append(apart.masked_fill(level.size <= 1, 0.0))
     return found
 
 
@@ -42,7 +41,7 @@ def logit_error(
     table = cells.table(first, num_blocks, pyramid.counts, is_causal=is_causal)
     if not table.numel():
         return query.new_zeros(query.shape[:-1])
-    largest = torch.cat([r.amax(-1) for r in radii(key, keys, pyramid, rules)], dim=-1)
+    largest = torch.cat([r.amax(-1) for r in radii(key, keys, pyramid)], dim=-1)
     table = table.to(key.device)
     seen = largest[..., table.clamp(min=0)].masked_fill(table < 0, 0.0).amax(-1)
     block = torch.arange(m - n, m, device=key.device) // rules.block - first

@@ -13,7 +13,7 @@ from sixfold.ops.condense.groups import Tokens
 from sixfold.ops.condense.pyramid import Keys, Pyramid, Rules
 
 EMPTY = -1e4
-"""Logit of a place that nothing is in: its weight rounds to zero in every dtype."""
+"""Logit of a place that nothing is in: its weight rounds to zero beside any divergence in use."""
 
 
 def in_blocks(tokens: Tensor, block: int, front: int = 0) -> Tensor:
@@ -24,7 +24,8 @@ def in_blocks(tokens: Tensor, block: int, front: int = 0) -> Tensor:
 
 def with_sizes(key: Tensor, size: Tensor) -> Tensor:
     """Keys (..., w) and columns with the logarithm of their size (...)."""
-    own = torch.where(size > 0, size.clamp(min=1).log(), EMPTY)[..., None]
+    there = size > 0
+    own = torch.where(there, torch.where(there, size, 1.0).log(), EMPTY)[..., None]
     rounded = own.to(key.dtype)
     rest = [(own - rounded.to(own.dtype)).to(key.dtype)] * (columns(key.dtype) - 1)
     return torch.cat([key, rounded, *rest], dim=-1)

@@ -90,22 +90,50 @@ def beginnings(apart: Tensor, threshold: float | Tensor, capacity: int) -> Tenso
     return first | (chosen & (inner >= threshold) & ~inner.isneginf())
 
 
-def condense(tokens: Tokens, begins: Tensor, capacity: int) -> tuple[Tokens, Tensor]:
-    """Each group as one meta-token: the size-weighted means of moments and values.
+def places(begins: Tensor, capacity: int, dtype: torch.dtype) -> Tensor:
+    """The place of each token's group among `capacity`, as ones and zeros (..., n, capacity)."""
+    number = (begins.long().cumsum(-1) - 1).clamp(min=0)
+    return torch.nn.functional.one_hot(number, capacity).to(dtype)
+
+
+def soft_places(
+    apart: Tensor, threshold: float | Tensor, capacity: int, temperature: float, noise: Tensor
+) -> Tensor:
+    """The same where groups begin with a probability, so that gradients decide.
+
+    b_t = sigmoid((log apart_t - log threshold + noise_t) / temperature), 1 at the first token; with
+    c_t = sum over s <= t of b_s - 1 a token is at place g with weight softmax over g of
+    -(c_t - g)^2 / temperature. A prefix sum sees no later token. At temperature 0 these are the
+    places of `beginnings`, as far as there is room; tokens beyond share the last place.
 
     Args:
-        tokens: (..., n) of a cell.
-        begins: (..., n), where groups begin.
-        capacity: places for the meta-tokens of a cell.
+        apart: of neighbours, (..., n), as `apart` gives it.
+        threshold: positive; broadcast to `apart`.
+        capacity: places.
+        temperature: positive.
+        noise: (..., n), logistic where places are drawn and 0 where they are expected.
 
-    Returns:
-        The meta-tokens (..., capacity), and the place of each token's group, (..., n).
+    Source: Maddison, Mnih, Teh, The Concrete Distribution, arXiv 1611.00712, section 3.3 (binary
+    concrete); Jang, Gu, Poole, arXiv 1611.01144.
     """
-    place = (begins.long().cumsum(-1) - 1).clamp(min=0)
-    size = torch.zeros_like(tokens.size[..., :1].expand(*place.shape[:-1], capacity))
-    size = size.scatter_add(-1, place, tokens.size)
-    part = tokens.size / size.gather(-1, place).clamp(min=1)
-    share = torch.zeros(*place.shape, capacity, dtype=tokens.moments.dtype, device=place.device)
-    share = share.scatter(-1, place[..., None], part[..., None].to(share.dtype))
-    moments = share.mT @ tokens.moments
-    return Tokens(moments, share.mT @ tokens.value, size), place
+    threshold = torch.as_tensor(threshold, dtype=apart.dtype, device=apart.device)
+    least = torch.finfo(apart.dtype).tiny
+    inner = apart.clamp(min=least, max=1 / least).log() - threshold.log()
+    begins = ((inner + noise) / temperature).sigmoid()
+    begins = begins.masked_fill(apart.isposinf(), 1.0).masked_fill(apart.isneginf(), 0.0)
+    number = (begins.cumsum(-1) - 1).clamp(max=capacity - 1)
+    place = torch.arange(capacity, device=apart.device)
+    return (-(number[..., None] - place).square() / temperature).softmax(-1)
+
+
+def condense(tokens: Tokens, places: Tensor) -> Tokens:
+    """Each group as one meta-token: the size-weighted means of moments and values.
+
+    tokens (..., n) and their places (..., n, capacity) to meta-tokens (..., capacity).
+    """
+    share = places * tokens.size[..., None].to(places.dtype)
+    size = share.sum(-2)
+    share = (share / size.clamp(min=torch.finfo(size.dtype).tiny)[..., None, :]).mT
+    moments = share.to(tokens.moments.dtype) @ tokens.moments
+    value = share.to(tokens.value.dtype) @ tokens.value
+    return Tokens(moments, value, size.to(tokens.size.dtype))

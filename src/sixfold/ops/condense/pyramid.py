@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from sixfold.ops.condense import cells
-from sixfold.ops.condense.groups import Divergence, Tokens, apart, beginnings, condense
+from sixfold.ops.condense.groups import (
+    Divergence,
+    Tokens,
+    apart,
+    beginnings,
+    condense,
+    places,
+    soft_places,
+)
 
 Keys = Callable[[Tensor], Tensor]
 """What a score keeps of moments (b, h, n, w)."""
@@ -19,25 +27,28 @@ class Rules(NamedTuple):
     """How a sequence condenses.
 
     block: tokens of a block, seen one by one by it and its neighbours; capacity: meta-tokens of a
-    cell, at most; threshold: divergence below which neighbours agree; scales: how many there are,
-    or None for as many as the sequence fills.
+    cell, at most; threshold: divergence below which neighbours agree, a number or (h, 1, 1);
+    scales: how many there are, or None for as many as the sequence fills; temperature: of soft
+    groups, or None for hard ones; noisy: whether soft groups are drawn.
     """
 
     block: int
     capacity: int
-    threshold: float
+    threshold: float | Tensor
     scales: int | None = None
+    temperature: float | None = None
+    noisy: bool = False
 
 
 class Pyramid(NamedTuple):
-    """Meta-tokens by scale, (b, h, cells, capacity); places: where each token's group is.
+    """Meta-tokens by scale, (b, h, cells, capacity), and which of the scale below are theirs.
 
-    places[s] (b, h, n): the place of a token's group within its cell of scale s; 0 where that cell
-    is not there yet.
+    places[s] (b, h, cells, n, capacity): of the tokens of a cell of scale 0, or of the meta-tokens
+    of both its halves, the share that is at each place; () where that was not kept.
     """
 
     levels: tuple[Tokens, ...]
-    places: tuple[Tensor, ...]
+    places: tuple[Tensor, ...] = ()
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -46,13 +57,22 @@ class Pyramid(NamedTuple):
 
 
 def condensed(below: Tokens, divergence: Divergence, rules: Rules) -> tuple[Tokens, Tensor]:
-    """One scale from the one below: tokens (..., cells, places) of each cell as meta-tokens.
+    """One scale from the one below: tokens (..., cells, n) as meta-tokens, and their places.
 
-    Where groups begin is a decision: no gradient goes through it.
+    Where hard groups begin is a decision: no gradient goes through it.
     """
-    with torch.no_grad():
-        begins = beginnings(apart(below, divergence), rules.threshold, rules.capacity)
-    return condense(below, begins, rules.capacity)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and rules.temperature is not None):
+        distance = apart(below, divergence)
+        if rules.temperature is None:
+            begins = beginnings(distance, rules.threshold, rules.capacity)
+            where = places(begins, rules.capacity, below.moments.dtype)
+        else:
+            noise = torch.zeros_like(distance)
+            if rules.noisy:
+                noise = torch.rand_like(distance).clamp(min=1e-6, max=1 - 1e-6).logit()
+            given = (rules.threshold, rules.capacity, rules.temperature)
+            where = soft_places(distance, *given, noise)
+    return condense(below, where), where
 
 
 def build(
@@ -62,21 +82,34 @@ def build(
 
     A cell is made of its own tokens alone, so nothing after its end can change it.
     """
-    n = tokens.size.shape[-1]
-    token = torch.arange(n, device=tokens.size.device)
     levels: list[Tokens] = []
-    places: list[Tensor] = []
+    where: list[Tensor] = []
     below, width = tokens, rules.block
     for scale in range(scales):
-        count = cells.num_cells(n, rules.block, scale, is_causal=is_causal)
+        count = cells.num_cells(tokens.size.shape[-1], rules.block, scale, is_causal=is_causal)
         level, place = condensed(below.cells(width, count), divergence, rules)
-        # a token is where its group of the scale below is
-        slot = token if not places else token // (rules.block << (scale - 1)) * rules.capacity
-        slot = slot + (places[-1] if places else 0)
-        flat = place.flatten(-2)
-        known = slot < flat.shape[-1]
-        slot = slot.clamp(max=flat.shape[-1] - 1).expand(*flat.shape[:-1], n)
-        places.append(flat.gather(-1, slot).masked_fill(~known, 0))
         levels.append(level)
+        where.append(place)
         below, width = level.joined(), 2 * rules.capacity
-    return Pyramid(tuple(levels), tuple(places))
+    return Pyramid(tuple(levels), tuple(where))
+
+
+def shares(pyramid: Pyramid) -> list[Tensor]:
+    """By scale, which part of each token is at which place of its cell, (b, h, cells, n, capacity).
+
+    n: the tokens of a cell. Parts of a token that is there sum to 1.
+    """
+    found: list[Tensor] = []
+    for where in pyramid.places:
+        if found:
+            below = found[-1]
+            # both halves of a cell; what has no second half yet is not there
+            both = below[..., : 2 * where.shape[-3], :, :]
+            both = torch.nn.functional.pad(
+                both, (0, 0, 0, 0, 0, 2 * where.shape[-3] - both.shape[-3])
+            )
+            halves = where.unflatten(-2, (2, -1)).flatten(-4, -3)
+            found.append((both @ halves).unflatten(-3, (-1, 2)).flatten(-3, -2))
+        else:
+            found.append(where)
+    return found

@@ -1,18 +1,20 @@
 """What attention over meta-tokens means: far tokens share the logit of their group.
 
 A group of n tokens under one softmax, weighted by its size, gives each of them the weight of one
-token with the group's logit, and so their values exactly. Only logits are approximate.
+token with the group's logit, and so their values exactly. Only logits are approximate. A token that
+is part of several groups has the logit log sum over groups of its part exp(logit of the group).
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sixfold.contracts import Rating, Visibility
 from sixfold.ops.attend import reference
 from sixfold.ops.condense import cells
-from sixfold.ops.condense.pyramid import Keys, Pyramid, Rules
+from sixfold.ops.condense.pyramid import Keys, Pyramid, Rules, shares
 
 
 def logits(
@@ -23,7 +25,7 @@ def logits(
     Args:
         rating: of all tokens.
         keys: what is kept of a meta-token.
-        pyramid: the meta-tokens.
+        pyramid: the meta-tokens and their places.
         rules: by which they were made.
         is_causal: whether cells end before the query's block, or lie on both sides.
     """
@@ -31,18 +33,19 @@ def logits(
     found = reference.logits(rating, everything)
     n, m = found.shape[-2:]
     num_blocks, groups = -(-m // rules.block), found.shape[1] // rating.key.shape[1]
-    token = torch.arange(m, device=found.device)
-    own = token[m - n :] // rules.block
-    for scale, (level, place) in enumerate(zip(*pyramid, strict=True)):
+    block = torch.arange(m, device=found.device) // rules.block
+    for scale, (level, share) in enumerate(zip(pyramid.levels, shares(pyramid), strict=True)):
         kept = keys(level.joined().moments)
         rated = reference.logits(rating._replace(key=kept), everything)
-        slot = token // (rules.block << scale) * rules.capacity + place
-        slot = slot.clamp(max=kept.shape[-2] - 1)  # a cell that is not there is not seen
-        slot = slot.repeat_interleave(groups, 1)[..., None, :].expand(found.shape)
+        rated = rated.unflatten(-1, (-1, rules.capacity)).transpose(2, 3)[..., None, :]
+        share = torch.where(share.any(-1, keepdim=True), share, 1.0)  # behind the last token
+        part = share.repeat_interleave(groups, 1).log()[:, :, :, None]
+        far = (rated + part).logsumexp(-1).transpose(2, 3).flatten(3)[..., :m]
+        far = pad(far, (0, m - far.shape[-1]))
         seen = torch.zeros(num_blocks, num_blocks, dtype=torch.bool, device=found.device)
-        for block in range(num_blocks):
-            for cell in cells.far(block, num_blocks, len(pyramid.levels), is_causal=is_causal):
+        for number in range(num_blocks):
+            for cell in cells.far(number, num_blocks, len(pyramid.levels), is_causal=is_causal):
                 if cell.scale == scale:
-                    seen[block, cell.blocks.start : cell.blocks.stop] = True
-        found = torch.where(seen[own][:, token // rules.block], rated.gather(-1, slot), found)
+                    seen[number, cell.blocks.start : cell.blocks.stop] = True
+        found = torch.where(seen[block[m - n :]][:, block], far, found)
     return found
