@@ -19,7 +19,7 @@ from sixfold.governor.sandbox import interval
 from sixfold.record import Provenance, Result, publish
 
 RESULTS = Path(__file__).parents[1] / "results" / "mixing.csv"
-MIXERS = ("none", "ring", "random", "dense", "hexagonal")
+MIXERS = ("none", "ring", "random", "dense", "hexagonal", "hexagonal_logits")
 OFF = (
     "governor.mode=off",
     "train.device=cpu",
@@ -40,7 +40,12 @@ def cases() -> dict[str, tuple[str, ...]]:
     """Name of a case to its overrides."""
     heads = ("attention.num_heads=19", "attention.head_dim=8")
     found = {"plain, 4 heads": ()}
-    return found | {f"{mixer}, 19 heads": (*heads, f"attention.mixer={mixer}") for mixer in MIXERS}
+    both = "attention.mixer={name='hexagonal_logits', outputs=true}"
+    return (
+        found
+        | {f"{mixer}, 19 heads": (*heads, f"attention.mixer={mixer}") for mixer in MIXERS}
+        | {"hexagonal logits and outputs, 19 heads": (*heads, both)}
+    )
 
 
 def loss_of(case: str, overrides: tuple[str, ...], seed: int, runs: Path) -> Trained:

@@ -97,16 +97,17 @@ def bare_step(settings: recipe.RunConfig) -> Callable[[], object]:
 
 def our_step(settings: recipe.RunConfig, folder: Path) -> Callable[[], object]:
     """One step of Sixfold's loop, with its logs, governed if the settings say so."""
-    built, steps = recipe.build(settings), count()
+    built = recipe.build(settings)
     optimizer = build_optimizer(built.model, settings.optimizer)
     on = settings.governor.mode != "off"
     governor = LeadMetaArchitect(built.model, optimizer, folder=folder) if on else None
     training = Training(
         built.model, optimizer, built.dataset, settings.train, settings.optimizer, folder, {},
-        observers=[governor] if governor else [],
+        observer=governor,
     )  # fmt: skip
     metrics = Log(folder / "metrics.jsonl", {})
-    return lambda: advance(training, built.model, next(steps), metrics)
+    positions = iter(training.positions())
+    return lambda: advance(training, built.model, next(positions), metrics)
 
 
 def loop_rows(blocks: int) -> list[Result]:

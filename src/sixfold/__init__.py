@@ -19,6 +19,7 @@ _HOME = {
     "MultiHeadAttention": "sixfold.attention.multihead",
     "PhysicsSimulator": "sixfold.models.simulator",
     "SequenceClassifier": "sixfold.models.classifier",
+    "SpectralHexagonalAttention": "sixfold.attention.named",
     "TelemetryVisualizer": "sixfold.report.figures",
     "VisionTransformer": "sixfold.models.vision",
     "analyze": "sixfold.analysis.run",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
@@ -120,8 +120,14 @@ class Cache(Protocol):
 
     length: int
 
-    def append(self, name: str, entry: Tensor) -> Tensor:
-        """Add (..., n, width) to the named entry and return all of it."""
+    def filled(self, name: str) -> int:
+        """Places of the named entry, 0 of one that there is not."""
+
+    def entry(self, name: str) -> Tensor:
+        """All of the named entry, (..., places, width)."""
+
+    def append(self, name: str, entry: Tensor, span: int = 1) -> Tensor:
+        """Add (..., n, width) to the named entry, a place for every `span` tokens, return all."""
 
     def crop(self, length: int) -> None:
         """Forget everything after the first `length` tokens."""
@@ -184,6 +190,8 @@ class Reach(Protocol):
 
     ordered: str | None
     """As of a projection: a reach by position serves no context."""
+    condenses: bool
+    """Whether it attends by itself, to groups of tokens, instead of narrowing what is seen."""
 
     def __call__(self, visibility: Visibility, n: int, m: int, device: torch.device) -> Visibility:
         """Narrow what the caller allows."""
@@ -193,6 +201,11 @@ class Mixer(Protocol):
     """How heads talk to each other."""
 
     grid: HexGrid | None
+    mixes_logits: bool
+    """Whether heads talk before the softmax: then the mixer scales heads, as a `Score` does."""
+
+    def mix_logits(self, rating: Rating) -> Rating:
+        """The rating with each head's logits a sum over heads, or as it is."""
 
     def mix_outputs(self, heads: Tensor, impl: str) -> Tensor:
         """Mix head outputs (b, n, h, d), same shape out, by the layer's implementation."""
@@ -241,9 +254,20 @@ class Seen(Protocol):
     def stop(self) -> str | None:
         """Why going on is no use, or None."""
 
+    @property
+    def acted(self) -> bool:
+        """Whether something was done about it."""
+
 
 class Observer(Protocol):
-    """What the loop calls once per step; the governor is one, a tracker another."""
+    """What the loop calls once per step: the governor is one."""
+
+    @property
+    def again(self) -> Sequence[Any]:
+        """Batches of `data` that will come again before new ones."""
+
+    def data(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches in the order they are to be trained on; some of them more than once."""
 
     def penalty(self) -> Tensor | None:
         """A term to add to this step's loss, or None."""

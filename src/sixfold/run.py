@@ -120,7 +120,7 @@ def go(
     optimizer = build_optimizer(model, settings.optimizer)
     view = view if here.leads else UNSEEN
     with ExitStack() as stack:
-        observers, logs = (), ()
+        governor, logs = None, ()
         if settings.governor.mode != "off":
             governor = LeadMetaArchitect(
                 model, optimizer, mode=settings.governor.mode, limits=settings.governor.resolve(),
@@ -128,7 +128,7 @@ def go(
                 positions={} if saved is None else saved.state["logs"],
             )  # fmt: skip
             stack.callback(governor.detach)
-            observers, logs = (governor,), governor.logs
+            logs = governor.logs
         start = 0 if saved is None else saved.step
         trackers = [
             stack.enter_context(tracking(name, folder, settings, start))
@@ -142,7 +142,7 @@ def go(
 
         training = Training(
             model, optimizer, built.dataset, settings.train, settings.optimizer, folder,
-            header_of(settings, built.dataset, folder, here), observers=observers, logs=logs,
+            header_of(settings, built.dataset, folder, here), observer=governor, logs=logs,
             world=here, view=View(shown, view.say),
         )  # fmt: skip
         began = time.monotonic()

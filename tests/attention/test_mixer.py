@@ -4,12 +4,18 @@ import pytest
 import torch
 
 from sixfold import discover
+from sixfold.attention.mixer._graph import GraphMixer
 from sixfold.attention.mixer.hexagonal import edge_orbits
+from sixfold.contracts import Features, Heads
 from sixfold.geometry.hexgrid import HexGrid
 from sixfold.ops.headmix.reference import headmix
 
 CLOSE = {"rtol": 0, "atol": 1e-12}
-GRAPHS = [name for name in discover.names("sixfold.attention.mixer") if name != "none"]
+MIXERS = {
+    name: discover.load("sixfold.attention.mixer", name)(Heads(24, 7, 4, 7))
+    for name in discover.names("sixfold.attention.mixer")
+}
+GRAPHS = [name for name, mixer in MIXERS.items() if type(mixer) is GraphMixer]
 
 
 def mixed(layer, heads):
@@ -18,6 +24,12 @@ def mixed(layer, heads):
     graph = mixer.graph()
     m = headmix(heads, mixer.weight_self, mixer.weight_neighbour, graph)
     return heads + mixer.gate[mixer.nodes][:, None] * m
+
+
+@pytest.mark.parametrize("name", [name for name, m in MIXERS.items() if not m.mixes_logits])
+def test_mixers_of_outputs_leave_logits_as_they_are(name):
+    rating = Features(torch.randn(1, 7, 2, 4), torch.randn(1, 7, 3, 4), 1.0)
+    assert MIXERS[name].mix_logits(rating) is rating
 
 
 def heads_of(tokens, count=7, width=4):

@@ -345,11 +345,6 @@ def test_wrong_widths_are_refused(make, shape):
         layer(right, torch.zeros(shape, dtype=torch.float64))
 
 
-def test_the_spectral_flag_is_refused_by_name():
-    with pytest.raises(NotImplementedError, match=r"use_spectral=True.*none, ring, random, dense"):
-        HexagonalMultiHeadAttention(64, use_spectral=True)
-
-
 # ---------------------------------------------------------------- refusals
 
 

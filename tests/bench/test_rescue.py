@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from sixfold.bench.rescue import columns, run, score, table, trial
-from sixfold.bench.rescue.columns import COLUMNS, AdaGC, ZClip
+from sixfold.bench.rescue import columns, run, score, sensitivity, table, trial
+from sixfold.bench.rescue.columns import COLUMNS, AdaGC, Alarm, Said, ZClip, missing, reported
 from sixfold.bench.rescue.families import FAMILIES, TWINS, Family
 from sixfold.bench.rescue.healthy import KINDS, healthy
 from sixfold.bench.rescue.task import (
@@ -285,7 +287,7 @@ def test_the_rate_is_halved_when_the_loss_leaves_its_best_and_not_at_once_again(
     assert made.optimizer.param_groups[0]["lr"] == pytest.approx(1.5e-3)
 
 
-@pytest.mark.parametrize("column", COLUMNS)
+@pytest.mark.parametrize("column", [name for name in COLUMNS if name not in missing()])
 def test_every_column_trains_and_a_healthy_governed_run_keeps_its_bits(column):
     arm = COLUMNS[column].recipe(TINY)
     alone, row = (
@@ -302,6 +304,111 @@ def test_every_column_trains_and_a_healthy_governed_run_keeps_its_bits(column):
 
 def test_attention_cannot_be_changed_where_there_is_none():
     assert COLUMNS["qk_norm"].recipe(TWINS["stack"]) is None
+
+
+HEALTHY = SimpleNamespace(
+    failure_type=None, should_skip=False, rolled_back=False, lr_reduced=False, unrecoverable=False,
+    message="",
+)  # fmt: skip
+SKIP = SimpleNamespace(**{**vars(HEALTHY), "should_skip": True})
+
+
+class Scripted:
+    """A controller that answers each step as it was told, and sees what ARC's would see."""
+
+    answers: tuple = ()
+
+    def __init__(self, model, optimizer, scheduler, verbose):
+        assert not verbose and scheduler.optimizer is optimizer
+        self.model, self.left, self.norms = model, iter(self.answers), []
+
+    def step(self, loss):
+        self.norms.append(columns.total_norm(list(self.model.parameters())))
+        return next(self.left)
+
+
+def scripted(monkeypatch, *answers) -> tuple[Run, list[Scripted]]:
+    """A run of the arc column with such a controller, and the controllers that were made."""
+    made: list[Scripted] = []
+
+    def build(*args, **kwargs):
+        made.append(Scripted(*args, **kwargs))
+        made[-1].left = iter(answers)
+        return made[-1]
+
+    monkeypatch.setitem(sys.modules, "arc", SimpleNamespace(Controller=build))
+    return Run(replace(TINY, clip=1e-3), 0), made
+
+
+def test_arc_sees_whole_gradients_and_a_step_it_skips_moves_nothing(monkeypatch):
+    mine, made = scripted(monkeypatch, HEALTHY, SKIP, HEALTHY, HEALTHY, HEALTHY, HEALTHY)
+    step, states = columns.arc(mine), []
+    for batch in mine.batches:
+        step(mine.loss(batch))
+        states.append((fingerprint(mine.model), mine.scheduler.last_epoch, mine.iteration))
+    assert states[0][:2] == states[1][:2] != states[2][:2]
+    assert [at for _, _, at in states] == [1, 2, 3, 4, 5, 6] and states[-1][1] == 5
+    assert min(made[0].norms) > 10 * mine.arm.clip
+
+
+def test_arc_that_only_looks_on_is_the_plain_loop_with_its_clip_and_faults(monkeypatch):
+    mine, _ = scripted(monkeypatch, *[HEALTHY] * TINY.steps)
+    faulty = replace(mine.arm, faults=(Fault("glitch", 2, 3, 10.0),))
+    watched = Run(faulty, 0)
+    step = columns.arc(watched)
+    assert {step(watched.loss(batch)) for batch in watched.batches} == {Said()}
+    assert fingerprint(watched.model) == fingerprint(trained(faulty).model)
+
+
+@pytest.mark.parametrize(
+    ("failure", "message", "signals"),
+    [
+        ("nan_loss", "", ["loss"]),
+        ("gradient_explosion", "", ["gradient_norm"]),
+        ("weight_magnitude_collapse (ratio=0.0010)", "", ["weight_norm"]),
+        ("lyapunov_divergence", "", ["weight_growth"]),
+        ("drift_detected", "to step 3 | CRITICAL: loss↑0.0612", ["loss"]),
+        ("drift_detected", "MULTI: grad↑0.1 weight↑0.2", ["gradient_norm", "weight_growth"]),
+    ],
+)
+def test_what_arc_reports_is_told_in_the_words_of_the_benchmark(failure, message, signals):
+    words = {"should_skip": True, "rolled_back": True, "lr_reduced": True}
+    action = SimpleNamespace(
+        **{**vars(HEALTHY), **words, "failure_type": failure, "message": message}
+    )
+    alarms = tuple(Alarm("critical", signal, -1, -1) for signal in signals)
+    assert reported(action) == Said(alarms, ("rollback", "rate halved"))
+    action.unrecoverable = True
+    assert reported(action).stop == message
+
+
+def test_a_failure_that_arc_did_not_know_is_not_guessed():
+    with pytest.raises(KeyError, match="new_failure"):
+        reported(SimpleNamespace(**{**vars(HEALTHY), "failure_type": "new_failure"}))
+    assert reported(SKIP) == Said(actions=("step skipped",))
+
+
+def test_a_column_that_is_not_installed_is_refused_by_name_and_else_left_out(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(columns.metadata, "distributions", lambda: iter(()))
+    assert missing() == {"arc": "arc-training==5.2.0.post1"}
+    with pytest.raises(ConfigError, match="'arc' needs .* pip install 'arc-training==5.2.0.post1'"):
+        run.rescue(["arc"], runs=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+    assert run.present([]) == [name for name in COLUMNS if name != "arc"]
+    with run.progress(0, missing()):
+        pass
+    assert "arc is left out: arc-training==5.2.0.post1 is not installed" in capsys.readouterr().err
+
+
+@pytest.mark.skipif("arc" in missing(), reason="arc-training is not installed")
+def test_arc_answers_a_gradient_that_is_not_a_number():
+    arm = replace(TINY, steps=10, faults=(Fault("nan gradient", 5, 6),))
+    row = conduct(Case("nan gradient", "arc", 0, arm))
+    assert row["alarms"] == [[6, "critical", "gradient_norm", -1, -1]]
+    assert [name for _, name in row["actions"]] == ["rollback", "rate halved"]
+    assert row["final"] is not None and row["stop"] is None
 
 
 def test_a_step_that_is_not_a_number_is_answered_by_the_governor():
@@ -420,6 +527,46 @@ def test_healthy_runs_count_alarms_actions_and_bits():
     assert score.on_healthy(score.by_key(rows), "governor", "text") is None
 
 
+# ---------------------------------------------------------------- sensitivity
+
+
+def climb(column: str, finals: list, seed: int = 0) -> list[dict]:
+    cases = [sensitivity.named(rate) for rate in sensitivity.LADDER]
+    return [
+        row(case, column, final=final, seed=seed) for case, final in zip(cases, finals, strict=True)
+    ]
+
+
+def test_the_ladder_is_the_reference_run_at_each_rate():
+    cases = sensitivity.climbing(["clip"], [0, 1])
+    assert len(cases) == len({case.file for case in cases}) == 2 * 2 * 5
+    assert {case.arm.rate for case in cases} == set(sensitivity.LADDER)
+    assert {replace(case.arm, rate=3e-3) for case in cases} == {TWINS["large"]}
+    assert not {case.name for case in cases} & {*FAMILIES, *TWINS}
+
+
+def test_sensitivity_is_the_mean_above_the_best_and_ruins_count_as_the_beginning():
+    rows = score.by_key(climb("clip", [1.0, 0.5, 2.0, 99.0, None]))
+    assert sensitivity.ladders(rows, "clip") == [[1.0, 0.5, 2.0, 4.0, 4.0]]
+    assert sensitivity.sensitivity([1.0, 0.5, 2.0, 4.0, 4.0]) == pytest.approx(11.5 / 5 - 0.5)
+
+
+def test_a_ladder_with_a_rate_missing_is_not_scored():
+    rows = climb("clip", [1.0] * 5) + climb("clip", [2.0] * 5, seed=1)
+    assert sensitivity.ladders(score.by_key(rows[:-1]), "clip") == [[1.0] * 5]
+    assert not table.of_rates(score.by_key(rows[:4]), "clip")
+
+
+def test_the_page_has_a_line_for_each_column_that_climbed():
+    rows = rows_of_all() + climb("nothing", [1.0, 2.0, 4.0, 4.0, 4.0])
+    rows += climb("governor", [1.0, 1.0, 1.0, 1.0, 1.5])
+    rows += climb("governor", [1.0, 1.0, 1.0, 1.0, 2.5], seed=1)
+    text = table.page(table.results(score.by_key(rows), ["governor", "clip"]))
+    assert "| nothing | 1.00 | 2.00 | 4.00 | 4.00 | 4.00 | 2.00 |" in text
+    assert "| governor | 1.00 | 1.00 | 1.00 | 1.00 | 2.00 ± 0.75 | 0.20 ± 0.15 |" in text
+    assert "| clip |" not in text
+
+
 # ---------------------------------------------------------------- run and page
 
 
@@ -452,7 +599,7 @@ def test_the_page_says_what_the_rows_say():
 def test_every_table_is_a_table():
     text = table.page(table.results(score.by_key(rows_of_all()), ["governor"]))
     blocks = re.findall(r"(?:^\|.*\|\n)+", text, flags=re.MULTILINE)
-    assert len(blocks) == 9
+    assert len(blocks) == 10
     assert all(len({line.count("|") for line in block.splitlines()}) == 1 for block in blocks)
 
 

@@ -179,12 +179,12 @@ def test_the_hypernetwork_reads_the_coordinate_and_the_sequence():
     assert len(lma.process_step().snapshot.signals["condition_q"][0]) == 7
 
 
-def test_the_spectral_mode_is_refused_and_the_mixers_that_exist_are_named():
-    with pytest.raises(NotImplementedError) as refused:
-        HexagonalMultiHeadAttention(d_model=512, grid_radius=3, use_spectral=True)
-    assert all(
-        name in str(refused.value) for name in sixfold.discover.names("sixfold.attention.mixer")
-    )
+def test_the_spectral_mode_serves_any_number_of_tokens_and_is_governed():
+    layer = HexagonalMultiHeadAttention(d_model=24, grid_radius=1, d_head=4, use_spectral=True)
+    lma = LeadMetaArchitect(layer)
+    for n in (5, 8):
+        assert layer(torch.randn(2, n, 24)).shape == (2, n, 24)
+    assert len(lma.process_step().snapshot.signals["condition_q"][0]) == 7
 
 
 # ---------------------------------------------------------------- topology

@@ -295,6 +295,33 @@ def test_a_model_has_one_governor():
     LeadMetaArchitect(model, optimizer)
 
 
+def test_a_part_of_a_governed_model_has_no_governor_of_its_own():
+    model, optimizer = model_and_optimizer()
+    part = model.blocks[0]
+    inner = torch.optim.SGD(part.parameters(), lr=0.1)
+    first = LeadMetaArchitect(model, optimizer)
+    with pytest.raises(ValueError, match="this Block shares layers with a LanguageModel"):
+        LeadMetaArchitect(part, inner)
+    with pytest.raises(ValueError, match="shares layers.*govern the whole alone"):
+        LeadMetaArchitect(torch.nn.Sequential(part, torch.nn.Linear(2, 2)))
+    first.detach()
+    second = LeadMetaArchitect(part, inner)
+    with pytest.raises(ValueError, match="this LanguageModel shares layers with a Block"):
+        LeadMetaArchitect(model, optimizer)
+    second.detach()
+    LeadMetaArchitect(model, optimizer)
+
+
+def test_an_optimizer_has_one_governor():
+    one, other = model_and_optimizer()[0], model_and_optimizer()[0]
+    optimizer = torch.optim.SGD([*one.parameters(), *other.parameters()], lr=0.1)
+    first = LeadMetaArchitect(one, optimizer)
+    with pytest.raises(ValueError, match="this SGD has a governor already, that of another model"):
+        LeadMetaArchitect(other, optimizer)
+    LeadMetaArchitect(other)
+    first.detach()
+
+
 def test_grouped_heads_are_watched_too():
     torch.manual_seed(0)
     model = LanguageModel(11, 16, 32, 1, {"num_heads": 4, "num_kv_heads": 2})

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from plain import batches, made, move
+from torch import nn
 
 from sixfold import LanguageModel, LeadMetaArchitect
 from sixfold.contracts import WHOLE, HeadId
@@ -14,6 +15,7 @@ from sixfold.governor.alarms import Alarm
 from sixfold.governor.limits import ActionLimits, AlarmLimits, Limits
 from sixfold.governor.protocols import (
     head_reset,
+    initial_gain,
     learning_rate_shield,
     perturbation,
     spectral_normalization,
@@ -183,6 +185,83 @@ def test_a_dead_head_starts_again():
     assert (row["name"], row["layer"], row["head"]) == ("head_reset", *HEAD)
     assert model.attention[1].out.weight[:, 16:24].abs().sum() > 0
     assert governor.telemetry.history[-1].signal("gradient_norm", HEAD) > 0
+
+
+def test_a_layer_in_which_every_head_is_dead_starts_again():
+    model, optimizer = made()
+    with torch.no_grad():
+        for part in (model.attention[1].qkv.weight, model.attention[1].qkv.bias):
+            part[32:] = 0
+        model.attention[1].out.weight.zero_()
+    governor = LeadMetaArchitect(model, optimizer, every=2)
+    for tokens in batches(20):
+        move(model, optimizer, tokens, governor)
+    assert governor.layers[1].refusal is None
+    rows = [row for row in governor.journal if row["kind"] == "change"]
+    assert [(row["name"], row["layer"], row["head"]) for row in rows] == [
+        ("head_reset", 1, head) for head in range(4)
+    ]
+    assert min(governor.telemetry.history[-1].signals["gradient_norm"][1]) > 0
+
+
+@pytest.mark.parametrize("zeros", ["neighbour", "role", "layer"])
+def test_a_reset_head_is_never_of_the_size_of_weights_that_are_zero(zeros):
+    model, _optimizer, governor = trained()
+    qkv = model.attention[1].qkv.weight.data
+    qkv[{"neighbour": slice(40, 48), "role": slice(32, 48), "layer": slice(None)}[zeros]] = 0
+    known = {"neighbour": qkv[32:40], "role": qkv[:32]}.get(zeros)
+    sizes = [] if known is None else sorted(float(w.square().mean().sqrt()) for w in known.split(4))
+    head_reset.build(HEAD, ALARM, 20).apply(governor)
+    size = float(qkv[rows_of(model, HEAD, "v")[0]].square().mean().sqrt())
+    # of zeros alone nothing is known: rows of norm 1, of 16 numbers each
+    assert size == pytest.approx(sizes[(len(sizes) - 1) // 2] if sizes else 0.25, rel=0.01)
+
+
+def exploding(gain: float, steps: int):
+    """Twelve rectified layers of a gain; the governor, and the weights before the first step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(32, 32), nn.ReLU()) for _ in range(12)))
+    for p in model.parameters():
+        nn.init.normal_(p, std=gain / 32**0.5) if p.ndim > 1 else nn.init.zeros_(p)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    before = [layer[0].weight.detach().clone() for layer in model]
+    governor = LeadMetaArchitect(model, optimizer)
+    given = []
+    with pytest.warns(UserWarning, match="only loss and gradients are watched"):
+        for x in governor.data(torch.randn(steps, 64, 32)):
+            given.append(x)
+            loss = (model(x) - x).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            governor.process_step(loss)
+            if len(given) == 1:
+                now = [layer[0].weight.detach().clone() for layer in model]
+    return model, governor, before, now, given
+
+
+def test_a_run_that_explodes_at_once_begins_again_with_smaller_weights():
+    _, governor, before, now, given = exploding(gain=6.0, steps=30)
+    changes = [row for row in governor.journal if row["kind"] in ("change", "undo")]
+    assert [(row["step"], row["name"]) for row in changes] == [(1, "initial_gain")]
+    for old, new in zip(before, now, strict=True):
+        gain = old.double().square().sum().div(32).sqrt()
+        torch.testing.assert_close(new, (old * 2**0.5 / gain).float())
+    assert torch.equal(given[0], given[1])
+    assert len(given) == 31
+    (held,) = [row for row in governor.journal if row["kind"] == "evidence"]
+    assert held["held"]
+
+
+def test_weights_of_the_right_size_begin_anew_as_they_were():
+    model, governor, before, _, _ = exploding(gain=1.2, steps=1)
+    assert not [row for row in governor.journal if row["kind"] == "change"]
+    change = initial_gain.build(Alarm(1, "critical", "update_ratio", WHOLE, 2.0, 0.05), 20)
+    moved = [layer[0].weight.detach().clone() for layer in model]
+    change.apply(governor)
+    assert all(torch.equal(old, at[0].weight) for old, at in zip(before, model, strict=True))
+    change.undo(governor)
+    assert all(torch.equal(old, at[0].weight) for old, at in zip(moved, model, strict=True))
 
 
 def test_a_head_that_explodes_is_named_and_clipped():

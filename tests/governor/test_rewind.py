@@ -83,6 +83,57 @@ def test_a_second_failure_goes_back_again():
     same(run, alone([*range(13), *range(19, 40), *range(46, 60)], 60))
 
 
+def test_every_module_keeps_its_own_flag_and_buffers_that_are_in_no_checkpoint_come_back():
+    model, optimizer = made()
+    model.norms[0].eval()
+    model.register_buffer("count", torch.zeros(2), persistent=False)
+    model.drop.register_buffer("cache", torch.zeros(1), persistent=False)
+    rewind = Rewind(model, (optimizer,))
+    moment = rewind.copied()
+    model.count += 1
+    model.drop.cache = torch.ones(5)
+    model.eval()
+    model.drop.train()
+    rewind.put(moment)
+    assert (model.training, model.norms[0].training, model.norms[1].training) == (True, False, True)
+    assert model.drop.training
+    assert torch.equal(model.count, torch.zeros(2))
+    assert torch.equal(model.drop.cache, torch.zeros(1))
+    model.drop.cache += 1
+    rewind.put(moment)
+    assert torch.equal(model.drop.cache, torch.zeros(1))
+
+
+def test_batches_that_come_late_through_the_governor_can_be_gone_back_over():
+    model, optimizer = made()
+    limits = Limits(LIMITS.alarms, ActionLimits(snapshot_every=8))
+    governor = LeadMetaArchitect(model, optimizer, limits=limits, every=2)
+    given = list(enumerate(batches(30)))
+    for _, tokens in given[:3]:
+        move(model, optimizer, tokens, governor)
+    seen = []
+    for place, tokens in governor.data(given[3:]):
+        # the first copy is that of step 8: before it there is nothing to go back to
+        assert set(governor.state.snapshots) <= set(governor.rewind.moments)
+        seen.append(move(model, optimizer, tokens, governor, ruin if place == 12 else None))
+    assert [change.to for change in changes(seen, "rollback")] == [8]
+
+
+def test_batches_that_were_to_come_again_survive_the_process():
+    model, optimizer = made()
+    governor, given = LeadMetaArchitect(model, optimizer, limits=LIMITS, every=2), batches(40)
+    for place in governor.data(range(40)):
+        seen = move(model, optimizer, given[place], governor, ruin if place == 13 else None)
+        if governor.again:
+            break
+    assert seen.acted
+    state = governor.state_dict()
+    governor.detach()
+    again = LeadMetaArchitect(model, optimizer, limits=LIMITS, every=2)
+    again.load_state_dict(state)
+    assert list(again.data(range(19, 22))) == [10, 11, 12, 19, 20, 21]
+
+
 def test_a_failed_promise_returns_to_the_run_that_was_given_up():
     model, optimizer = made()
     rewind = Rewind(model, (optimizer,))

@@ -24,7 +24,7 @@ def run_and_governor(tmp_path):
     optimizer = build_optimizer(model, rates)
     governor = LeadMetaArchitect(model, optimizer)
     settings = TrainSettings(steps=30, batch_size=4, validate_every=30, device="cpu")
-    run = Training(model, optimizer, data, settings, rates, tmp_path, {}, observers=[governor])
+    run = Training(model, optimizer, data, settings, rates, tmp_path, {}, observer=governor)
     fit(run)
     return run, governor
 

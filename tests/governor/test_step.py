@@ -10,8 +10,9 @@ from snapshots import snapshot
 
 from sixfold.contracts import Expectation, HeadId, Snapshot
 from sixfold.governor.limits import PRESETS, preset
-from sixfold.governor.protocols import entropy_term, qk_clip
-from sixfold.governor.step import State, load_state, state_dict, step
+from sixfold.governor.protocols import entropy_term, gradient_skip, qk_clip
+from sixfold.governor.state import SKIPS, State, load_state, noted, state_dict
+from sixfold.governor.step import step
 
 DEFAULT = preset("default")
 
@@ -229,6 +230,31 @@ def test_gradients_of_nan_for_ever_end_in_a_stop():
     decided, state = run(series)
     assert sum(d.stop is not None for d in decided) == 1
     assert len(state.pending) < 50
+
+
+def test_a_long_run_with_many_skipped_steps_remembers_few_of_them():
+    series = [
+        light(i + 1, 2.0, gradient_norm=math.nan if i % 7 in (2, 5) else 1.0) for i in range(700)
+    ]
+    decided, state = run(series)
+    names = [a.change.name for d in decided for a in d.applied]
+    assert names == ["gradient_skip"] * 200
+    assert len(state.history) == SKIPS
+    assert state.count == 200
+    # three in a row are still known as such, and gone back from
+    rows = replace(DEFAULT, rewinding=True)
+    bad = [light(i + 1, 2.0, gradient_norm=math.nan if i > 40 else 1.0) for i in range(60)]
+    names = [a.change.name for d in run(bad, rows)[0] for a in d.applied]
+    assert names[:4] == ["gradient_skip"] * 3 + ["rollback"]
+
+
+def test_what_a_head_has_had_is_never_forgotten():
+    history, head = (), HeadId(0, 1)
+    for number in range(100):
+        history = noted(history, 2 * number, qk_clip.build(head, 200.0, 50.0, 20))
+        history = noted(history, 2 * number + 1, gradient_skip.build(20))
+    assert [when for when, name, _ in history if name == "qk_clip"] == list(range(0, 200, 2))
+    assert [when for when, name, _ in history if name == "gradient_skip"] == [195, 197, 199]
 
 
 def test_a_dead_head_is_told_of_once():

@@ -65,6 +65,18 @@ def test_mixing_is_a_product_over_heads_and_two_over_their_width(mixer):
     assert extra == layers * counter.get_total_flops()
 
 
+def test_spectral_mixing_is_a_product_over_heads_and_one_over_their_width():
+    heads, operators, weight = torch.ones(7, N, 6), torch.ones(2, 7, 7), torch.ones(6, 6)
+    with FlopCounterMode(display=False) as counter:
+        operators @ (heads @ weight).unflatten(-1, (2, 3)).permute(2, 0, 1, 3).flatten(2)
+    plain, near, alone, both = (
+        models.flops(language({**SEVEN, "mixer": mixer}), N)
+        for mixer in ("none", "hexagonal", "spectral", {"name": "spectral", "spatial": True})
+    )
+    assert alone - plain == 2 * counter.get_total_flops()
+    assert both - alone == near - plain
+
+
 def test_coordinates_leave_out_their_network():
     model = language({**SEVEN, "projection": "coordinate"})
     # 2 -> 64 -> 3 head_dim in two layers, at 7 places: once, or for queries, keys and values each

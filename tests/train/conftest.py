@@ -35,7 +35,7 @@ def training(tmp_path: Path) -> Any:
         return Training(
             model, optimizer, dataset, TrainSettings(device="cpu", **{**defaults, **settings}),
             rates, folder, {"units": {"loss": "nats/token"}},
-            observers=[] if governor is None else [governor],
+            observer=governor,
             logs=[] if governor is None else governor.logs,
         )  # fmt: skip
 

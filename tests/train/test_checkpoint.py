@@ -55,7 +55,7 @@ def test_a_missing_or_cut_file_is_refused(root, name):
 def test_another_format_is_refused(root):
     manifest = root / "step-00000012" / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 99}))
-    with pytest.raises(CheckpointError, match="format 99; this version reads 1"):
+    with pytest.raises(CheckpointError, match="format 99; this version reads 2"):
         checkpoint.latest(root)
 
 

@@ -83,9 +83,11 @@ def test_names_are_files_and_load_finds_build():
     assert discover.names("sixfold.attention.mixer") == (
         "dense",
         "hexagonal",
+        "hexagonal_logits",
         "none",
         "random",
         "ring",
+        "spectral",
     )
     assert callable(discover.load("sixfold.attention.score", "dot"))
     with pytest.raises(

@@ -18,9 +18,21 @@ class KeyValueCache:
         self.length = 0
         self._room: dict[str, Tensor] = {}
         self._filled: dict[str, int] = {}
+        self._span: dict[str, int] = {}
 
-    def append(self, name: str, entry: Tensor) -> Tensor:
-        """Add (..., n, width) along the token axis and return the whole entry."""
+    def filled(self, name: str) -> int:
+        """Places of an entry, 0 of one that there is not."""
+        return self._filled.get(name, 0)
+
+    def entry(self, name: str) -> Tensor:
+        """All of an entry, (..., places, width)."""
+        return self._room[name][..., : self._filled[name], :]
+
+    def append(self, name: str, entry: Tensor, span: int = 1) -> Tensor:
+        """Add (..., n, width) along the token axis and return the whole entry.
+
+        span: tokens that one place stands for; a place is forgotten with the last of its tokens.
+        """
         start = self._filled.get(name, 0)
         end = start + entry.shape[-2]
         room = self._room.get(name)
@@ -31,8 +43,8 @@ class KeyValueCache:
             if room is None or room.shape[-2] < end:
                 room = self._grown(room, entry, start, end)
             room[..., start:end, :] = entry
-        self._room[name], self._filled[name] = room, end
-        self.length = max(self.length, end)
+        self._room[name], self._filled[name], self._span[name] = room, end, span
+        self.length = max(self.length, end * span)
         return room[..., :end, :]
 
     @staticmethod
@@ -51,7 +63,7 @@ class KeyValueCache:
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot crop a cache of {self.length} tokens to {length}")
         self.length = length
-        self._filled = dict.fromkeys(self._filled, length)
+        self._filled = {name: length // span for name, span in self._span.items()}
 
     def reorder(self, rows: Tensor) -> None:
         """Select batch rows, as beam search does."""

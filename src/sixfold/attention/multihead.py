@@ -14,13 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sixfold.attention import moments
 from sixfold.attention.masks import visibility_of
-from sixfold.attention.rotary import rotate
+from sixfold.attention.reach.hierarchical import Far
+from sixfold.attention.rotary import rotate, turn
 from sixfold.contracts import (
     Cache,
     Emission,
     Features,
     Heads,
+    Mixer,
     Observation,
     Probe,
     Rating,
@@ -32,6 +35,8 @@ from sixfold.discover import load, unknown
 from sixfold.geometry.hexgrid import HexGrid
 from sixfold.ops.attend import choose, reference
 from sixfold.ops.attend.logits import explicit, reshaped
+from sixfold.ops.condense.groups import Tokens
+from sixfold.ops.headmix import logits
 from sixfold.ops.statistics.choose import statistics
 
 Part = str | Mapping[str, Any]
@@ -82,8 +87,10 @@ class MultiHeadAttention(nn.Module):
             ``gaussian_diagonal`` for beliefs.
         score: of points ``dot``, ``cosine``, ``l2_squared``, ``l2``, ``l1``, ``lp`` or
             ``chebyshev``; of beliefs ``kl``, ``kl_diagonal``, ``jeffreys`` or ``wasserstein2``.
-        reach: ``full``, ``others``, ``alibi`` or ``{"name": "window", "width": 128}``.
-        mixer: ``none``, ``ring``, ``random``, ``dense`` or ``hexagonal``.
+        reach: ``full``, ``others``, ``alibi``, ``{"name": "window", "width": 128}`` or
+            ``hierarchical``.
+        mixer: ``none``; ``ring``, ``random``, ``dense``, ``hexagonal`` or ``spectral`` for outputs;
+            ``hexagonal_logits``.
         rope_theta: base of rotary position embedding, or None for none.
         softcap: logits become softcap tanh(logit / softcap); all of them are held at once.
         sinks: each head learns the logit of a sink, which takes weight and gives nothing.
@@ -145,12 +152,22 @@ class MultiHeadAttention(nn.Module):
             raise ValueError(
                 f"score {score!r} cannot be used with rope: rotating changes its value"
             )
+        if self.reach.condenses:
+            check_condensing(
+                self.score,
+                self.mixer,
+                impl,
+                what=(score, mixer),
+                reshapes=softcap is not None or sinks,
+            )
         if rope_theta is not None and heads.head_dim % 2:
             raise ValueError(
                 f"rope turns pairs of features: head_dim must be even, got {heads.head_dim}"
             )
         if softcap is not None and not softcap > 0:
             raise ValueError(f"softcap must be positive, got {softcap}")
+        if self.mixer.mixes_logits and self.score.gives is not Features:
+            check_held(f"mixer {mixer!r}", score, impl)
         if softcap is not None or sinks:
             check_reshaping(self.score, score, impl, sinks_alone=softcap is None)
         self.softcap, self.sinks = softcap, None
@@ -201,17 +218,22 @@ class MultiHeadAttention(nn.Module):
         past = 0 if cache is None else cache.length
         visibility = self._visibility(x, source, past, attn_mask, key_mask, is_causal=is_causal)
         probe.mark("start")
-        query, key, value = self._project(x, source, visibility, cache)
+        emitted = self.projection(x, source, visibility, cache)
+        query, key, value = self._rotated(emitted, past)
         keys, value = self.score.keys(key), self.score.carry(value, key)
         if cache is not None:
             keys, value = cache.append("key", keys), cache.append("value", value)
+        far = self._far(emitted.key, value, past, cache) if self.reach.condenses else None
         probe.mark("projection")
         visibility = self.reach(visibility, x.shape[1], past + source.shape[1], x.device)
         # a probe is shown what heads say of keys: no clip could lower a sink
-        seen = self._capped(self.score(query, keys), visibility)
+        seen = self._seen(query, keys, visibility)
         rating, value, visibility = self._with_sinks(seen, value)
         dropout = self.dropout if self.training else 0.0
-        out = choose.attend(rating, value, visibility, dropout, self.impl)
+        if far is None:
+            out = choose.attend(rating, value, visibility, dropout, self.impl)
+        else:
+            out = self.reach.attend(rating, far, visibility, dropout, self.impl, cache)
         out = self.score.readout(out, query)
         probe.mark("attention")
         probe.observe(seen)
@@ -220,7 +242,11 @@ class MultiHeadAttention(nn.Module):
         out = self.output(mixed.flatten(2))
         probe.mark("output")
         out = out if self.batch_first else out.transpose(0, 1)
-        return (out, self._of_keys(reference.weights(rating, visibility))) if need_weights else out
+        if not need_weights:
+            return out
+        if far is not None:
+            rating, visibility = self.reach.explicit(rating, far, visibility)
+        return out, self._of_keys(reference.weights(rating, visibility))
 
     @torch.no_grad()
     def statistics(
@@ -245,10 +271,14 @@ class MultiHeadAttention(nn.Module):
         """
         x, source = self._sources(x, context, None)
         visibility = self._visibility(x, source, 0, attn_mask, key_mask, is_causal=is_causal)
-        query, key, value = self._project(x, source, visibility, None)
+        emitted = self.projection(x, source, visibility, None)
+        query, key, value = self._rotated(emitted, 0)
         visibility = self.reach(visibility, x.shape[1], source.shape[1], x.device)
-        seen = self._capped(self.score(query, self.score.keys(key)), visibility)
+        seen = self._seen(query, self.score.keys(key), visibility)
         rating, _, visibility = self._with_sinks(seen, value)
+        if self.reach.condenses:
+            far = self._far(emitted.key, value, 0, None)
+            rating, visibility = self.reach.explicit(rating, far, visibility)
         seen = seen._replace(rating=rating, visibility=visibility)
         found = statistics(seen, largest=largest, impl=impl)
         return found._replace(received=self._of_keys(found.received))
@@ -287,19 +317,39 @@ class MultiHeadAttention(nn.Module):
         shape = (x.shape[0], self.heads.num_heads, x.shape[1], past + source.shape[1])
         return visibility_of(attn_mask, key_mask, shape, is_causal=is_causal)
 
-    def _project(
-        self, x: Tensor, source: Tensor, visibility: Visibility, cache: Cache | None
-    ) -> Emission:
-        """What the projection emits, rotated where this layer rotates."""
-        past = 0 if cache is None else cache.length
-        emitted = self.projection(x, source, visibility, cache)
+    def _rotated(self, emitted: Emission, past: int) -> Emission:
+        """What a projection emitted, rotated where this layer rotates."""
         if self.rope_theta is None:
             return emitted
         turned = (rotate(part, past, self.rope_theta) for part in (emitted.query, emitted.key))
         return Emission(*turned, emitted.value)
 
-    def _capped(self, rating: Rating, visibility: Visibility) -> Observation:
-        """What the heads say of the keys: the score's rating, capped where this layer caps."""
+    def _far(self, key: Any, value: Tensor, past: int, cache: Cache | None) -> Far:
+        """What condenses: tokens that are not rotated yet; a group stands at their mean place."""
+        schema, d = self.score.schema, self.heads.head_dim
+        given = moments.moments(key, schema)
+        place = torch.arange(past, past + given.shape[-2], device=given.device).to(given.dtype)
+        given = torch.cat([given, place[:, None].expand(*given.shape[:-1], 1)], dim=-1)
+        if cache is not None:
+            given = cache.append("moments", given)
+
+        def keys(of: Tensor) -> Tensor:
+            described = moments.described(of[..., :-1], schema, d, value.dtype)
+            if self.rope_theta is not None:
+                described = turn(described, of[..., -1], self.rope_theta)
+            return self.score.keys(described)
+
+        def apart(one: Tensor, other: Tensor) -> Tensor:
+            return moments.divergence(one[..., :-1], other[..., :-1], schema, d)
+
+        return Far(Tokens(given, value, torch.ones_like(given[..., 0])), keys, apart)
+
+    def _seen(self, query: Any, keys: Tensor, visibility: Visibility) -> Observation:
+        """What the heads say of the keys: the score's rating, mixed, then capped."""
+        rating = self.score(query, keys)
+        if self.mixer.mixes_logits and self.impl == "reference":
+            rating = logits.explicit(rating)
+        rating = self.mixer.mix_logits(rating)
         if self.softcap is not None:
             rating, visibility = explicit(rating, visibility, self.softcap)
         return Observation(rating, visibility, self.score.signed)
@@ -315,10 +365,14 @@ class MultiHeadAttention(nn.Module):
         return per_key if self.sinks is None else per_key[..., 1:]
 
     def scale_head_(self, head: int, power: int) -> None:
-        """Multiply the logits of one head by 2**power, in place and exactly reversibly."""
+        """Multiply the logits of one head by 2**power, in place and exactly reversibly.
+
+        Where logits are mixed, these are the mixed ones, which are observed: what the head tells
+        its neighbours stays.
+        """
         if not 0 <= head < self.heads.num_heads:
             raise ValueError(f"head must be in [0, {self.heads.num_heads}), got {head}")
-        self.score.scale_head_(head, power)
+        (self.mixer if self.mixer.mixes_logits else self.score).scale_head_(head, power)
 
     @torch.no_grad()
     def recenter_(self, x: Tensor) -> None:
@@ -331,7 +385,7 @@ class MultiHeadAttention(nn.Module):
         Raises ValueError for a score that takes no centre, and for a mean that is not finite.
         """
         everything = Visibility(None, is_causal=True)
-        self.score.recenter_(self._project(x, x, everything, None).key)
+        self.score.recenter_(self._rotated(self.projection(x, x, everything, None), 0).key)
 
     def materialize(self) -> dict[str, Tensor]:
         """Plain weights ``q`` (h, d, d_model), ``k`` and ``v`` (h_kv, d, d_model)."""
@@ -345,10 +399,33 @@ def check_reshaping(score: Score, part: Part, impl: str, *, sinks_alone: bool) -
         raise ValueError(
             f"{what} cannot be used with score {part!r}: it is known only up to a term of the query"
         )
-    if not (sinks_alone and score.gives is Features) and impl not in ("auto", "reference"):
+    if not (sinks_alone and score.gives is Features):
+        check_held(what, part, impl)
+
+
+def check_held(what: str, score: Part, impl: str) -> None:
+    """Raise ValueError for an implementation that never holds the logits that `what` needs."""
+    if impl not in ("auto", "reference"):
         raise ValueError(
-            f"{what} of score {part!r} needs all logits at once, which impl {impl!r} never holds; "
+            f"{what} of score {score!r} needs all logits at once, which impl {impl!r} never holds; "
             "choose from: auto, reference"
+        )
+
+
+def check_condensing(
+    score: Score, mixer: Mixer, impl: str, what: tuple[Part, Part], *, reshapes: bool
+) -> None:
+    """Raise ValueError for what cannot be joined with a reach that condenses."""
+    if reshapes:
+        raise ValueError("softcap and sinks cannot be used with reach 'hierarchical'")
+    if mixer.mixes_logits:
+        raise ValueError(
+            f"mixer {what[1]!r} cannot be used with reach 'hierarchical': heads condense apart"
+        )
+    if score.gives is not Features and impl != "reference":
+        raise ValueError(
+            f"score {what[0]!r} is no inner product, which reach 'hierarchical' needs but with "
+            "impl='reference'"
         )
 
 

@@ -104,7 +104,9 @@ def remember(memory: Memory, snapshot: Snapshot, limits: AlarmLimits) -> dict[st
     if math.isfinite(loss):
         found["losses"] = (*memory.losses, loss)[-STEPS:]
         found["first_loss"] = first = loss if first is None else first
-    if not math.isnan(loss) and first is not None and limits.loss_ratio is not None:
+    # a loss of NaN is worse, one that is missing is not
+    given = not math.isnan(loss) or snapshot.scalars.get("loss_finite") == 0.0
+    if given and first is not None and limits.loss_ratio is not None:
         worse = not loss <= worst_loss(first, limits.loss_ratio)
         since = snapshot.step if memory.worse_since is None else memory.worse_since
         found["worse_since"] = since if worse else None

@@ -1,11 +1,10 @@
-"""What the governor writes down: telemetry for replay, a journal for people."""
+"""What the governor writes down, row by row: telemetry for replay, a journal for people."""
 
 from __future__ import annotations
 
 import json
 import math
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,10 @@ from sixfold.contracts import WHOLE, Change, HeadId, Snapshot
 from sixfold.geometry.hexgrid import HexGrid
 from sixfold.governor.alarms import Alarm
 from sixfold.governor.limits import ActionLimits, AlarmLimits, Limits
-from sixfold.governor.step import Applied, Decisions, Judged, Undone, revive
+from sixfold.governor.state import State, revive, state_dict
+from sixfold.governor.step import Applied, Decisions, Judged, Undone
 from sixfold.governor.watch.collect import UNITS
 from sixfold.governor.watch.layer import Layer
-from sixfold.record import Log
 
 TELEMETRY, JOURNAL = "telemetry.jsonl", "journal.jsonl"
 SIGNALS = (
@@ -26,105 +25,8 @@ SIGNALS = (
     "weight_growth", "gradient_share", "loss", "mixing", "tokens_per_s",
 )  # fmt: skip
 """What an alarm can be about."""
-
-
-class File:
-    """A log that is begun when the first row is there to write, for only then its header is known.
-
-    Args:
-        path: where; a folder that is missing is made.
-        position: bytes that count when a run is resumed; what was written after them is forgotten.
-    """
-
-    def __init__(self, path: Path, position: int) -> None:
-        self.path, self._log, self._end = path, None, 0
-        self.go_on(position)
-
-    def append(
-        self, rows: Sequence[Mapping[str, Any]], header: Callable[[], Mapping[str, Any]]
-    ) -> None:
-        """Write some rows, or only the header."""
-        self.go_on(self._end)
-        if self._log is None:
-            if self.path.exists() and self.path.stat().st_size:
-                warnings.warn(f"{self.path} of an earlier run is written anew", stacklevel=2)
-            self._log = Log(self.path, header())
-        for row in rows:
-            self._log.append(row)
-
-    def go_on(self, position: int) -> None:
-        """Go on behind so many bytes, unless it is being written already."""
-        if self._log is None and position:
-            self._log = Log(self.path, {}, position)
-
-    def position(self) -> int:
-        """Bytes written so far, now on disk."""
-        return self._end if self._log is None else self._log.position()
-
-    def close(self) -> None:
-        """Nothing more will be written; what was is still counted."""
-        if self._log is not None:
-            self._end = self._log.position()
-            self._log.close()
-            self._log = None
-
-
-class Logs:
-    """The telemetry and the journal of a run in `folder`, or nowhere.
-
-    A disk that cannot be written to is warned about once, then left alone: training goes on.
-    """
-
-    def __init__(self, folder: Path | str | None, positions: Mapping[str, int]) -> None:
-        names = (TELEMETRY, JOURNAL) if folder is not None else ()
-        self.files = tuple(File(Path(folder or "") / n, positions.get(n, 0)) for n in names)
-        self._lost = False
-
-    def write(
-        self,
-        snapshot: Snapshot,
-        rows: Sequence[Mapping[str, Any]],
-        header: Callable[[], Mapping[str, Any]],
-    ) -> None:
-        """Append a snapshot, and what came of it."""
-        self._append(0, [snapshot._asdict()], header)
-        self._append(1, rows, header)
-
-    def tell(
-        self, rows: Sequence[Mapping[str, Any]], header: Callable[[], Mapping[str, Any]]
-    ) -> None:
-        """Append to the journal alone."""
-        self._append(1, rows, header)
-
-    def _append(
-        self,
-        which: int,
-        rows: Sequence[Mapping[str, Any]],
-        header: Callable[[], Mapping[str, Any]],
-    ) -> None:
-        if not self.files or self._lost:
-            return
-        try:
-            self.files[which].append(rows, header)
-        except OSError as error:
-            self._lost = True
-            warnings.warn(f"{error}; the governor goes on without its logs", stacklevel=2)
-
-    def go_on(self, positions: Mapping[str, int]) -> None:
-        """Go on behind so many bytes of each log, where they are not open yet."""
-        for file in self.files:
-            file.go_on(positions.get(file.path.name, 0))
-
-    def journal(self) -> list[dict[str, Any]]:
-        """The rows written so far."""
-        if not self.files or not self.files[1].position():
-            return []
-        return read(self.files[1].path)
-
-    def close(self) -> None:
-        """Nothing more will be written."""
-        for file in self.files:
-            file.close()
+GIVEN = ("limits", "resumed", "refused")
+"""Kinds of rows that no snapshot explains: a replay takes them as they are."""
 
 
 def header(layers: Sequence[Layer], limits: Limits) -> dict[str, Any]:
@@ -271,6 +173,51 @@ def undo_row(now: int, undone: Undone, *, acting: bool) -> dict[str, Any]:
         "step": now, "kind": "undo", "id": undone.number, "layer": layer, "head": head,
         "reason": undone.reason, "text": text,
     }  # fmt: skip
+
+
+def command_row(now: int, number: int, change: Change) -> dict[str, Any]:
+    """A change made by hand."""
+    signal = change.expects.signal
+    asked = Alarm(now, "notice", signal, change.target, math.nan, math.nan)
+    return change_row(now, Applied(number, change, asked), acting=True) | {"by_hand": True}
+
+
+def refused_row(now: int, number: int, change: Change, error: Exception) -> dict[str, Any]:
+    """A change that could not be made or taken back."""
+    layer, head = change.target
+    text = f"{change.name} #{number} at {name_of(change.target)} could not be made: {error}"
+    return {
+        "step": now, "kind": "refused", "id": number, "layer": layer, "head": head, "text": text,
+    }  # fmt: skip
+
+
+def limits_row(now: int, limits: Limits, before: Limits) -> dict[str, Any]:
+    """Limits that hold from this step on."""
+    old, new = flat(before), flat(limits)
+    changed = ", ".join(f"{name} {new[name]}" for name in new if new[name] != old[name])
+    return {
+        "step": now, "kind": "limits", "limits": asdict(limits),
+        "text": f"limits from here on: {changed}",
+    }  # fmt: skip
+
+
+def flat(limits: Limits) -> dict[str, str]:
+    """Limits without their groups, in words."""
+    values = asdict(limits)
+    values |= values.pop("alarms") | values.pop("actions")
+    return {
+        name: " ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
+        for name, value in values.items()
+    }
+
+
+def resumed_row(now: int, past: State | None) -> dict[str, Any]:
+    """The run goes on in another process after this step.
+
+    past: what was known then, where the log does not tell.
+    """
+    known = {} if past is None else {"state": state_dict(past)}
+    return {"step": now, "kind": "resumed", **known, "text": f"resumed after step {now}"}
 
 
 def stop_row(now: int, reason: str) -> dict[str, Any]:

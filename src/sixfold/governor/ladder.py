@@ -18,6 +18,7 @@ from sixfold.governor.protocols import (
     gradient_clip,
     gradient_skip,
     head_reset,
+    initial_gain,
     learning_rate_shield,
     perturbation,
     qk_clip,
@@ -38,10 +39,14 @@ PROTOCOLS: dict[str, type] = {
     "gradient_clip": gradient_clip.GradientClip,
     "gradient_skip": gradient_skip.GradientSkip,
     "rollback": rollback.Rollback,
+    "initial_gain": initial_gain.InitialGain,
 }
 
 
 SKIP = gradient_skip.GradientSkip.name
+SHIELD = learning_rate_shield.LearningRateShield.name
+UNSHIELDED = ("loss", "weight_norm", "weight_growth", "update_ratio")
+"""Signals that are answered while a shield is up: it came late, or was too weak for what came."""
 LOST = 1.0
 """Part of themselves that one step may move weights by before they count as lost."""
 EXPLODED = 1e3
@@ -79,7 +84,8 @@ class Situation(NamedTuple):
         """Whether an earlier change of this target is still being judged or has just been made."""
         last = self.last(self.target())
         recent = last is not None and self.alarm.step - last < self.limits.actions.cooldown
-        judged = (change for change in self.pending if change.name != SKIP)
+        beside = (SKIP, SHIELD) if self.alarm.signal in UNSHIELDED else (SKIP,)
+        judged = (change for change in self.pending if change.name not in beside)
         return recent or any(change.target == self.target() for change in judged)
 
     def target(self) -> HeadId:
@@ -177,10 +183,13 @@ def out_of_proportion(now: Situation) -> Change | None:
 def too_hot(now: Situation) -> Change | None:
     """Shield the model from its learning rate, or from gradients that are out of all proportion.
 
-    Weights that one step has moved by more than themselves are lost: they are gone back from.
+    Weights that one step has moved by more than themselves are lost: they are gone back from, and
+    begun with anew where they were too large from the beginning.
     """
     lost = not now.alarm.value <= LOST
     exploded = now.snapshot.scalars.get("gradient_norm", 0.0) > EXPLODED
+    if lost and exploded and begun_too_large(now):
+        return initial_gain.build(now.alarm, now.limits.actions.within)
     if lost and exploded and not now.made("gradient_clip"):
         return gradient_clip.build(now.limits.actions.within)
     if lost:
@@ -189,6 +198,15 @@ def too_hot(now: Situation) -> Change | None:
             return change
     power = math.log2(now.alarm.value / now.limits.actions.shield_to)
     return learning_rate_shield.build(now.alarm, power, now.limits.actions)
+
+
+def begun_too_large(now: Situation) -> bool:
+    """Whether this was the first step, from weights that blow up whatever passes.
+
+    Nothing has been learned yet that smaller weights would spoil.
+    """
+    first = now.limits.rewinding and now.snapshot.step == 1
+    return first and now.snapshot.scalars.get("gain", 0.0) > initial_gain.GAIN
 
 
 def growing(now: Situation) -> Change | None:

@@ -23,8 +23,9 @@ class AlarmLimits:
         gradient_mean: smallest mean magnitude of a head's gradients.
         dead_samples: samples in a row in which nothing reaches a head's weights while it does reach
             others: a dead head.
-        update_ratio: share of a layer's attention weights, or of all weights, that one step moves:
-            a learning rate that is too hot.
+        update_ratio: share of a layer's attention weights that one step moves: a learning rate that
+            is too hot.
+        whole_update: the same of all weights together, large embeddings and norms among them.
         weight_growth: factor between two samples by which all weights together may grow before the
             learning rate is too hot.
         weight_jump: factor at which they count as lost.
@@ -56,6 +57,7 @@ class AlarmLimits:
     gradient_mean: float | None = None
     dead_samples: int | None = None
     update_ratio: float | None = None
+    whole_update: float | None = None
     weight_growth: float | None = None
     weight_jump: float | None = None
     weight_fall: float | None = None
@@ -142,7 +144,8 @@ PRESETS = {
     "default": Limits(
         AlarmLimits(
             logit_warning=50.0, logit_critical=100.0, entropy_ratio=0.5, dead_samples=3,
-            update_ratio=0.2, weight_growth=1.15, weight_jump=3.0, weight_fall=0.02,
+            update_ratio=0.2, whole_update=0.05, weight_growth=1.15, weight_jump=3.0,
+            weight_fall=0.02,
             sigma_ratio=10.0, gradient_share=1e-6, rank_distance=1e-3, loss_ratio=1.5,
             loss_spike=10.0, finite=True,
         ),

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from sixfold.governor import journal
 from sixfold.governor.limits import Limits
-from sixfold.governor.step import State, step
+from sixfold.governor.state import State, load_state, resumed
+from sixfold.governor.step import step
 
 FACTS = ("acting", "rewinding", "untouched", "unscaled")
+"""What could be done at all is a fact of the run, whatever the limits."""
+Row = Mapping[str, Any]
 
 
 class Replay(NamedTuple):
@@ -26,7 +30,7 @@ class Replay(NamedTuple):
     differs: int | None
 
 
-def actions(rows: Iterable[Mapping[str, Any]]) -> dict[int, list[Any]]:
+def actions(rows: Iterable[Row]) -> dict[int, list[Any]]:
     """What was done, by step: changes with their arguments, and undoings."""
     found: dict[int, list[Any]] = {}
     for row in rows:
@@ -46,12 +50,29 @@ def actions(rows: Iterable[Mapping[str, Any]]) -> dict[int, list[Any]]:
     return found
 
 
+def after(state: State, row: Row) -> State:
+    """The state after something that no snapshot explains."""
+    if row["kind"] == "resumed":
+        return load_state(row["state"]) if "state" in row else resumed(state)
+    if row["kind"] == "refused":
+        return state.without(row["id"])
+    if row.get("by_hand"):
+        return state.with_change(row["id"], journal.load_change(row), row["step"])
+    return state
+
+
+def precedes(row: Row, now: int) -> bool:
+    """Whether something happened before step `now` was decided: limits are told with that step."""
+    return row["step"] < now or (row["step"] == now and row["kind"] == "limits")
+
+
 def replay(
-    telemetry: Iterable[Mapping[str, Any]],
-    recorded: Iterable[Mapping[str, Any]],
-    limits: Limits | None = None,
+    telemetry: Iterable[Row], recorded: Iterable[dict[str, Any]], limits: Limits | None = None
 ) -> Replay:
     """Run `step` over a recorded run.
+
+    Commands, limits that were changed on the way, changes that the model refused and the points at
+    which the run was resumed are taken from the journal.
 
     Args:
         telemetry: rows of ``telemetry.jsonl``, header first.
@@ -63,22 +84,30 @@ def replay(
     """
     telemetry, recorded = iter(telemetry), tuple(recorded)[1:]
     own = journal.load_limits(next(telemetry)["header"]["limits"])
-    if limits is None:
-        limits = own
-    # what could be touched at all is a fact of the run, whatever the limits
-    limits = replace(limits, **{name: getattr(own, name) for name in FACTS})
     done = actions(row for row in recorded if not row.get("by_hand"))
-    commands = [row for row in recorded if row.get("by_hand")]
-    state, rows, count = State(), [], 0
+    given = deque(row for row in recorded if row.get("by_hand") or row["kind"] in journal.GIVEN)
+    state, rows, count, last = State(), [], 0, 0
+
+    def take(now: float) -> None:
+        nonlocal state, own
+        while given and precedes(given[0], now):
+            row = given.popleft()
+            state = after(state, row)
+            own = journal.load_limits(row["limits"]) if "limits" in row else own
+            rows.append(row)
+
     for row in telemetry:
         snapshot = journal.load_snapshot(row)
+        take(snapshot.step)
         count += bool(snapshot.signals)
-        state, decisions = step(state, snapshot, limits)
-        now = journal.rows(snapshot.step, decisions, acting=limits.acting)
+        known = {name: getattr(own, name) for name in FACTS}
+        state, decisions = step(
+            state, snapshot, replace(own if limits is None else limits, **known)
+        )
+        now = journal.rows(snapshot.step, decisions, acting=own.acting)
         rows += now
         if actions(now).get(snapshot.step, []) != done.get(snapshot.step, []):
             return Replay(tuple(rows), count, snapshot.step)
-        for asked in (command for command in commands if command["step"] == snapshot.step):
-            rows.append(asked)
-            state = state.with_change(asked["id"], journal.load_change(asked), snapshot.step)
+        last = snapshot.step
+    take(last + 1)
     return Replay(tuple(rows), count, None)

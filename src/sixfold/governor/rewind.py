@@ -9,19 +9,24 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy
+import torch
 from torch import Tensor, nn
 
 from sixfold.train.checkpoint import random_states, set_random_states
 
 
 class Moment(NamedTuple):
-    """Everything that the next step of a run depends on, but its batch."""
+    """Everything that the next step of a run depends on, but its batch.
+
+    aside: buffers that are no part of the model's state; training: the flag of every module.
+    """
 
     model: dict[str, Tensor]
+    aside: dict[str, Tensor]
     parts: tuple[dict[str, Any], ...]
     random: dict[str, Tensor]
     others: tuple[Any, Any]
-    training: bool
+    training: dict[str, bool]
 
 
 class Rewind:
@@ -44,12 +49,16 @@ class Rewind:
 
     def data(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The same batches; after a return those that were good come again."""
-        if self.recording and not self.moments:
-            self.moments[self.now] = self.copied()
+        if self.recording and self.now == 0:
+            self.moments[0] = self.copied()
+        yield from self._repeated()
         for batch in batches:
             yield self._given(batch)
-            while self.again:
-                yield self._given(self.again.popleft())
+            yield from self._repeated()
+
+    def _repeated(self) -> Iterator[Any]:
+        while self.again:
+            yield self._given(self.again.popleft())
 
     def _given(self, batch: Any) -> Any:
         if self.recording:
@@ -75,23 +84,28 @@ class Rewind:
 
     def copied(self) -> Moment:
         """A copy of this moment."""
+        state, buffers = self.model.state_dict(), dict(self.model.named_buffers())
         return Moment(
-            {name: tensor.clone() for name, tensor in self.model.state_dict().items()},
+            {name: tensor.clone() for name, tensor in state.items()},
+            {name: tensor.clone() for name, tensor in buffers.items() if name not in state},
             tuple(copy.deepcopy(part.state_dict()) for part in self.parts),
             random_states(),
             (random.getstate(), numpy.random.get_state()),  # noqa: NPY002 - what loaders may use
-            self.model.training,
+            {name: module.training for name, module in self.model.named_modules()},
         )
 
     def put(self, moment: Moment) -> None:
         """Make the run what it was, to the bit."""
         self.model.load_state_dict(moment.model)
+        for name, tensor in moment.aside.items():
+            put_buffer(self.model, name, tensor)
         for part, state in zip(self.parts, moment.parts, strict=True):
             part.load_state_dict(copy.deepcopy(state))
         set_random_states(moment.random)
         random.setstate(moment.others[0])
         numpy.random.set_state(moment.others[1])  # noqa: NPY002
-        self.model.train(moment.training)
+        for name, module in self.model.named_modules():
+            module.training = moment.training.get(name, module.training)
 
     def back(self, to: int, since: int) -> None:
         """Return to after step `to`; the batches before step `since` come again, later ones never.
@@ -112,3 +126,15 @@ class Rewind:
         self.put(self.given_up)
         self.given_up = None
         self.again.clear()
+
+
+@torch.no_grad()
+def put_buffer(model: nn.Module, name: str, value: Tensor) -> None:
+    """Give a buffer its earlier value; one that has another shape by now gives way to it."""
+    path, _, own = name.rpartition(".")
+    module = model.get_submodule(path)
+    buffer = getattr(module, own)
+    if buffer is not None and buffer.shape == value.shape:
+        buffer.copy_(value)
+    else:
+        setattr(module, own, value.clone())

@@ -137,11 +137,12 @@ def gradient_rules(memory: Memory, snapshot: Snapshot, limits: AlarmLimits) -> I
 
 def update_rules(memory: Memory, snapshot: Snapshot, limits: AlarmLimits) -> Iterator[Alarm]:
     """Weights that a step moves too far, layer by layer or all together."""
-    step, limit = snapshot.step, limits.update_ratio
+    yield from norm_rules(memory, snapshot, limits)
+    step, limit, most = snapshot.step, limits.update_ratio, limits.whole_update
+    whole = snapshot.scalars.get("update_ratio", 0.0)
+    if most is not None and not whole <= most:
+        yield Alarm(step, "critical", "update_ratio", WHOLE, whole, most)
     if limit is not None:
-        whole = snapshot.scalars.get("update_ratio", 0.0)
-        if not whole <= limit:
-            yield Alarm(step, "critical", "update_ratio", WHOLE, whole, limit)
         for number, heads in enumerate(snapshot.signals.get("update_ratio", ())):
             if heads and not statistics.median(heads) <= limit:
                 ratio = statistics.median(heads)
@@ -152,7 +153,6 @@ def update_rules(memory: Memory, snapshot: Snapshot, limits: AlarmLimits) -> Ite
             if not least <= value <= most:
                 bound = least if value < least else most
                 yield Alarm(step, "warning", "update_ratio", head, value, bound)
-    yield from norm_rules(memory, snapshot, limits)
 
 
 def norm_rules(memory: Memory, snapshot: Snapshot, limits: AlarmLimits) -> Iterator[Alarm]:

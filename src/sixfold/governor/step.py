@@ -7,11 +7,10 @@ State is plain values, so that it can be written into a checkpoint as JSON.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
-from sixfold.contracts import Change, Evidence, Expectation, HeadId, Snapshot
+from sixfold.contracts import Change, Evidence, Snapshot
 from sixfold.governor import alarms, ladder, rules
 from sixfold.governor.alarms import Alarm, Memory
 from sixfold.governor.limits import Limits
@@ -19,46 +18,7 @@ from sixfold.governor.protocols._weights import Weights
 from sixfold.governor.protocols.qk_clip import QKClip
 from sixfold.governor.protocols.rollback import Rollback
 from sixfold.governor.protocols.temperature import Temperature
-
-
-@dataclass(frozen=True)
-class Pending:
-    """A change in force: being judged until `held` is known, ended at `ends`."""
-
-    number: int
-    change: Change
-    step: int
-    held: bool | None = None
-
-
-@dataclass(frozen=True)
-class State:
-    """Everything the governor remembers between steps.
-
-    snapshots: steps whose copies of the run are kept. helpless_since: the step from which on
-    something critical has had no answer. stopped: whether that has been said.
-    """
-
-    memory: Memory = field(default_factory=Memory)
-    pending: tuple[Pending, ...] = ()
-    history: tuple[tuple[int, str, HeadId], ...] = ()
-    count: int = 0
-    snapshots: tuple[int, ...] = ()
-    helpless_since: int | None = None
-    stopped: bool = False
-
-    def without(self, number: int) -> State:
-        """The same without a change that could not be made."""
-        return replace(self, pending=tuple(p for p in self.pending if p.number != number))
-
-    def with_change(self, number: int, change: Change, now: int) -> State:
-        """The same with a change that someone made by hand."""
-        return replace(
-            self,
-            pending=(*self.pending, Pending(number, change, now)),
-            history=(*self.history, (now, change.name, change.target)),
-            count=number,
-        )
+from sixfold.governor.state import Pending, State, noted
 
 
 class Applied(NamedTuple):
@@ -134,7 +94,7 @@ def step(state: State, snapshot: Snapshot, limits: Limits) -> tuple[State, Decis
         if change is not None:
             count += 1
             applied.append(Applied(count, change, alarm))
-            history = (*history, (snapshot.step, change.name, change.target))
+            history = noted(history, snapshot.step, change)
             pending = [*pending, Pending(count, change, snapshot.step)]
         elif alarm.level == "critical" and not situation.waits():
             helpless = alarm
@@ -186,14 +146,14 @@ def kept_copies(
 ) -> tuple[int, ...]:
     """The steps to keep copies of: every so often, and only while nothing critical is raised."""
     for item in applied:
-        if item.change.name == "rollback":
+        if isinstance(item.change, Rollback):
             # what is younger than the copy gone back to belongs to the run that was given up
             return tuple(number for number in copies if number <= item.change.to)
     if not limits.rewinding:
         return ()
     every = limits.actions.snapshot_every
-    if snapshot.step <= every:
-        copies = copies or (0,)  # the moment before the first step
+    if snapshot.step == 1:
+        copies = (0,)  # the moment before the first step
     # batches since the oldest copy are held: it must not become ever older while nothing is calm
     copies = tuple(step for step in copies if snapshot.step - step <= OLDEST * every)
     calm = not any(level == "critical" for level, *_ in memory.raised)
@@ -251,54 +211,3 @@ def endings(
         elif item.held is None or item.change.lasts is not None:
             left.append(item)
     return left, tuple(undone)
-
-
-def state_dict(state: State) -> dict[str, Any]:
-    """State as plain JSON values.
-
-    Changes of weights are left out: what they replaced does not outlive the process, so that they
-    stay as they were made.
-    """
-    lasting = [p for p in state.pending if not isinstance(p.change, Weights)]
-    return {
-        "memory": alarms.memory_dict(state.memory),
-        "pending": [
-            {
-                "number": p.number, "step": p.step, "held": p.held, "name": p.change.name,
-                "change": asdict(p.change),
-            }
-            for p in lasting
-            if p.change.name != "rollback"
-        ],
-        "history": [[when, name, list(head)] for when, name, head in state.history],
-        "count": state.count,
-        "snapshots": list(state.snapshots),
-        "helpless_since": state.helpless_since,
-        "stopped": state.stopped,
-    }  # fmt: skip
-
-
-def load_state(values: Mapping[str, Any]) -> State:
-    """The inverse of `state_dict`."""
-    return State(
-        memory=alarms.load_memory(values["memory"]),
-        pending=tuple(
-            Pending(p["number"], revive(p["name"], p["change"]), p["step"], p["held"])
-            for p in values["pending"]
-        ),
-        history=tuple((when, name, HeadId(*head)) for when, name, head in values["history"]),
-        count=values["count"],
-        snapshots=tuple(values["snapshots"]),
-        helpless_since=values["helpless_since"],
-        stopped=values["stopped"],
-    )
-
-
-def revive(name: str, values: Mapping[str, Any]) -> Change:
-    """A change from its plain values."""
-    target = HeadId(*values["target"])
-    known = values["expects"]
-    expects = Expectation(**{**known, "target": HeadId(*known["target"])})
-    kind = ladder.PROTOCOLS[name]
-    change: Change = kind(**{**values, "target": target, "expects": expects})
-    return change

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from sixfold.attention.mixer._graph import GraphMixer
+from sixfold.attention.mixer.hexagonal_logits import LogitMixer
+from sixfold.attention.mixer.spectral import SpectralMixer
 from sixfold.attention.multihead import MultiHeadAttention
 from sixfold.attention.projection.hypernetwork import HypernetworkProjection, Writer
 from sixfold.models._block import Block
@@ -24,9 +26,10 @@ def flops(model: nn.Module, tokens: int) -> int:
 
     Per block 2 n (d_model d (2h + 2h_kv) + mixer + 2 d_model hidden) + 4 n^2 h d, and what the
     model does outside its blocks (`outer_flops`): n tokens, h heads of width d. A graph mixer is
-    h d (2d + h); a hypernetwork adds what it writes for each token. Left out: norms, softmax,
-    activations, rotary turns, and weights made once whatever n is (of coordinates, of a graph). A
-    mask saves nothing: n^2 counts every pair.
+    h d (2d + h), a spectral one h d (d + h), logits of s neighbours 2 n^2 h d s more; a
+    hypernetwork adds what it writes for each token.
+    Left out: norms, softmax, activations, rotary turns, and weights made once whatever n is (of
+    coordinates, of a graph). A mask saves nothing: n^2 counts every pair.
 
     Args:
         model: any model of this package.
@@ -50,9 +53,19 @@ def attention_flops(layer: MultiHeadAttention, tokens: int) -> int:
     per_token = heads.d_model * (projected + width)
     if isinstance(layer.projection, HypernetworkProjection):
         per_token += sum(map(written, layer.projection.children()))
-    if isinstance(layer.mixer, GraphMixer):
+    mixer, pairs = layer.mixer, 4 * tokens**2 * width
+    if isinstance(mixer, LogitMixer):
+        if heads.num_kv_heads == 1:
+            per_token += width * heads.num_heads
+        else:
+            pairs += 2 * tokens**2 * width * (mixer.slots.shape[1] - 1)
+        mixer = mixer.outputs
+    if isinstance(mixer, SpectralMixer):
+        per_token += width * (heads.head_dim + heads.num_heads)
+        mixer = mixer.spatial
+    if isinstance(mixer, GraphMixer):
         per_token += width * (2 * heads.head_dim + heads.num_heads)
-    return 2 * tokens * per_token + 4 * tokens**2 * width
+    return 2 * tokens * per_token + pairs
 
 
 def written(writer: Writer) -> int:

@@ -300,9 +300,13 @@ class Samples:
             self._last[name] = row
         for name in MAPPED:
             before = self._highest.get(name, (-math.inf, row))[0]
-            heads = [*chain.from_iterable(row["signals"].get(name, ()))]
             # a quick look, then a careful one: numbers may be missing or not finite
-            if None in heads or not max(heads, default=-math.inf) <= before:
+            try:
+                heads = chain.from_iterable(row["signals"].get(name, ()))
+                top = max(heads, default=-math.inf)
+            except TypeError:
+                top = math.nan
+            if not top <= before:
                 top = highest(row["signals"][name])
                 if top > before:
                     self._highest[name] = (top, row)

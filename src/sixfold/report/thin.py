@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Sequence
-from itertools import pairwise, zip_longest
+from itertools import chain, pairwise, zip_longest
 from typing import NamedTuple
 
 import numpy as np
@@ -74,6 +74,18 @@ def squeezed(found: Extremes, factor: int) -> Extremes:
     )  # fmt: skip
 
 
+def numbers(layers: Sequence[Sequence[float | None]]) -> NDArray[np.float64]:
+    """The values of all heads in one row; what was not measured is NaN.
+
+    >>> numbers([[1.0, 2.0], [3.0]]).tolist(), numbers([[4.0, None]]).tolist()
+    ([1.0, 2.0, 3.0], [4.0, nan])
+    """
+    try:
+        return np.fromiter(chain.from_iterable(layers), np.float64)
+    except TypeError:  # it reads twice as fast, but numbers alone
+        return np.array([*chain.from_iterable(layers)], dtype=np.float64)
+
+
 class Track:
     """One signal of every head over a run.
 
@@ -92,12 +104,11 @@ class Track:
     def add(self, step: int, layers: Sequence[Sequence[float | None]]) -> None:
         """Take one more sample, later than those before; a layer that did not run is empty."""
         shape = [*map(len, layers)]
-        row = [value for heads in layers for value in heads]
         if shape != self.shape:
-            row = self._fitted(layers, shape)
+            layers = [self._fitted(layers, shape)]
         self._pauses = None
         self.steps.append(step)
-        self._rows.append(np.array(row, dtype=np.float64))
+        self._rows.append(numbers(layers))
         if len(self._rows) == max(BLOCK, self._factor):
             self._settle()
 
@@ -171,7 +182,7 @@ class Track:
 
     def _settle(self) -> None:
         """Thin the samples that are held."""
-        values = np.stack(self._rows)
+        values = np.array(self._rows)
         steps = np.array(self.steps[-len(values) :], dtype=np.int64)
         known = np.where(np.isfinite(values), values, -np.inf)
         ends = np.cumsum([0, *self.shape]).tolist()

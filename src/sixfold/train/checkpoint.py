@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sixfold.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 KEEP = 2
 

@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from sixfold.contracts import Dataset, Observer
+from sixfold.contracts import Dataset, Observer, Seen
 from sixfold.discover import unknown
 from sixfold.errors import ConfigError, Diverged, Interrupted
 from sixfold.record import Log
@@ -66,7 +66,10 @@ class TrainSettings:
 
 
 class Progress(NamedTuple):
-    """What a display or a tracker can show after a step; `validation` only where one was made."""
+    """What a display or a tracker can show after a step; `validation` only where one was made.
+
+    steps: how many there will be; a run that goes back makes more than it was given.
+    """
 
     step: int
     steps: int
@@ -105,7 +108,14 @@ class Outcome(NamedTuple):
 
 @dataclass
 class Training:
-    """A run: what is trained, on what, how, and who watches."""
+    """A run: what is trained, on what, how, and who watches.
+
+    Attributes:
+        step: steps made so far.
+        fresh: position of the first batch that was not trained on yet. Batches and learning rates
+            go by position; it falls behind `step` where the observer makes batches come again.
+        best: smallest validation loss, and its step.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -114,11 +124,24 @@ class Training:
     rates: OptimizerSettings
     folder: Path
     header: dict[str, Any]
-    observers: Sequence[Observer] = ()
+    observer: Observer | None = None
     logs: Sequence[Any] = ()
     world: World = ALONE
     view: View = View()  # noqa: RUF009 - two pure functions
+    step: int = field(default=0, init=False)
+    fresh: int = field(default=0, init=False)
     best: tuple[float, int] = field(default=(math.inf, 0), init=False)
+
+    @property
+    def left(self) -> int:
+        """Steps still to be made."""
+        again = 0 if self.observer is None else len(self.observer.again)
+        return again + self.settings.steps - self.fresh
+
+    def positions(self) -> Iterable[int]:
+        """Positions of the batches still to come; the observer may send some of them again."""
+        fresh = range(self.fresh, self.settings.steps)
+        return fresh if self.observer is None else self.observer.data(fresh)
 
 
 def step_settings(run: Training) -> StepSettings:
@@ -169,19 +192,20 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def save(run: Training, step: int, metrics: Log | None, *, stopped_early: bool) -> None:
-    """Write a checkpoint after `step` steps; logs are made durable first."""
+def save(run: Training, metrics: Log | None, *, stopped_early: bool) -> None:
+    """Write a checkpoint; logs are made durable first."""
     if run.world.leads and metrics is not None:
         logs = {log.path.name: log.position() for log in (metrics, *run.logs)}
         state = {
             "logs": logs,
             "best": run.best,
+            "fresh": run.fresh,
             "stopped_early": stopped_early,
-            "observers": [observer.state_dict() for observer in run.observers],
+            "observer": None if run.observer is None else run.observer.state_dict(),
         }
         checkpoint.save(
             run.folder / "checkpoints",
-            step,
+            run.step,
             run.model,
             run.optimizer,
             state,
@@ -194,8 +218,9 @@ def restore(run: Training, saved: checkpoint.Saved) -> None:
     """Put a checkpoint's state into the run."""
     checkpoint.load_training(saved, run.model, run.optimizer)
     run.best = (saved.state["best"][0], saved.state["best"][1])
-    for observer, state in zip(run.observers, saved.state["observers"], strict=True):
-        observer.load_state_dict(state)
+    run.step, run.fresh = saved.step, saved.state["fresh"]
+    if run.observer is not None:
+        run.observer.load_state_dict(saved.state["observer"])
 
 
 def fit(run: Training, saved: checkpoint.Saved | None = None) -> Outcome:
@@ -211,100 +236,95 @@ def fit(run: Training, saved: checkpoint.Saved | None = None) -> Outcome:
             f"train.batch_size {run.settings.batch_size} cannot be shared by {run.world.size} "
             f"processes with train.accumulation {run.settings.accumulation}"
         )
-    start, offset = 0, 0
+    offset = 0
     if saved is not None:
         restore(run, saved)
         if saved.state["stopped_early"]:
             return Outcome(saved.step, validate(run), run.best, stopped_early=True)
-        start, offset = saved.step, saved.state["logs"]["metrics.jsonl"]
+        offset = saved.state["logs"]["metrics.jsonl"]
     metrics = Log(run.folder / "metrics.jsonl", run.header, offset) if run.world.leads else None
     run.model.train()
     try:
         with stop_requests() as asked:
-            return _fit(run, start, metrics, asked)
+            return _fit(run, metrics, asked)
     finally:
         if metrics is not None:
             metrics.close()
 
 
-def _fit(run: Training, start: int, metrics: Log | None, asked: Callable[[], bool]) -> Outcome:
+def _fit(run: Training, metrics: Log | None, asked: Callable[[], bool]) -> Outcome:
     settings = run.settings
     model = run.world.wrap(run.model)
     validation = None
-    for step in range(start, settings.steps):
-        now = advance(run, model, step, metrics)
-        last, patient = now.step == settings.steps, True
+    for position in run.positions():
+        now = advance(run, model, position, metrics)
+        last, patient = not run.left, True
         if last or now.step % settings.validate_every == 0:
             validation = validate(run)
-            patient = judge(run, now.step, validation, metrics)
+            patient = judge(run, validation, metrics)
             now = now._replace(validation=validation.loss)
         run.view.step(now)
         stop = run.world.any(asked())
         if last or stop or not patient or now.step % settings.checkpoint_every == 0:
-            save(run, now.step, metrics, stopped_early=not patient)
+            save(run, metrics, stopped_early=not patient)
         if not patient:
             return Outcome(now.step, validation, run.best, stopped_early=True)
         if stop and not last:
             raise Interrupted(now.step, run.folder)
-    return Outcome(settings.steps, validation or validate(run), run.best, stopped_early=False)
+    return Outcome(run.step, validation or validate(run), run.best, stopped_early=False)
 
 
-def advance(run: Training, model: nn.Module, step: int, metrics: Log | None) -> Progress:
-    """Make one step, let the observers see it, and log it.
+def advance(run: Training, model: nn.Module, position: int, metrics: Log | None) -> Progress:
+    """Make one step on the batch at `position`, let the observer see it, and log it.
 
-    Raises Diverged when the loss is not finite.
+    Raises Diverged when the loss is not finite and nothing is done about it, or when the observer
+    gives the run up.
     """
     settings, began = run.settings, time.perf_counter()
-    batch = run.dataset.train_batch(settings.seed, step, settings.batch_size)
-    rate = run.rates.rate(step, settings.steps)
+    batch = run.dataset.train_batch(settings.seed, position, settings.batch_size)
+    rate = run.rates.rate(position, settings.steps)
     set_rate(run.optimizer, rate)
-    measured = train_step(
-        model, run.optimizer, batch, step_settings(run), lambda: penalties(run), run.world
-    )
-    stop = None
-    for observer in run.observers:
-        seen = observer.process_step(measured.loss)
-        stop = stop or seen.stop
-        for text in seen.text:
-            run.view.say(f"step {step + 1}: {text}")
+    penalty = (lambda: None) if run.observer is None else run.observer.penalty
+    measured = train_step(model, run.optimizer, batch, step_settings(run), penalty, run.world)
+    run.step, run.fresh = run.step + 1, max(run.fresh, position + 1)
+    seen = None if run.observer is None else run.observer.process_step(measured.loss)
+    for text in () if seen is None else seen.text:
+        run.view.say(f"step {run.step}: {text}")
     speed = batch.targets.numel() / (time.perf_counter() - began)
-    now = Progress(
-        step + 1, settings.steps, measured.loss, rate, measured.gradient_norm, speed, None
-    )
+    total = run.step + run.left
+    now = Progress(run.step, total, measured.loss, rate, measured.gradient_norm, speed, None)
     if metrics is not None:
         metrics.append({
             "step": now.step, "split": "train", "loss": now.loss, "learning_rate": rate,
             "gradient_norm": now.gradient_norm, "tokens_per_s": speed,
         })  # fmt: skip
-    if not math.isfinite(now.loss):
-        raise Diverged(
-            f"the loss is {now.loss} at step {now.step}; lower optimizer.learning_rate, turn the "
-            "governor on, or look for bad data; earlier checkpoints are intact",
-            run.folder,
-        )
-    if stop is not None:
-        raise Diverged(
-            f"stopped at step {now.step}: {stop}; earlier checkpoints are intact", run.folder
-        )
+    diverged(run, now, seen)
     return now
 
 
-def penalties(run: Training) -> torch.Tensor | None:
-    """The sum of what the observers add to the loss."""
-    terms = [
-        term for term in (observer.penalty() for observer in run.observers) if term is not None
-    ]
-    return torch.stack(terms).sum() if terms else None
+def diverged(run: Training, now: Progress, seen: Seen | None) -> None:
+    """Raise Diverged where going on is no use: the message says why and what to do."""
+    if seen is not None and seen.stop is not None:
+        raise Diverged(
+            f"stopped at step {now.step}: {seen.stop}; earlier checkpoints are intact", run.folder
+        )
+    if math.isfinite(now.loss) or (seen is not None and seen.acted):
+        return
+    raise Diverged(
+        f"the loss is {now.loss} at step {now.step}; lower optimizer.learning_rate, turn the "
+        "governor on, or look for bad data; earlier checkpoints are intact",
+        run.folder,
+    )
 
 
-def judge(run: Training, step: int, validation: Validation, metrics: Log | None) -> bool:
+def judge(run: Training, validation: Validation, metrics: Log | None) -> bool:
     """Log a validation; False when it has not improved for `patience` validations."""
     if metrics is not None:
-        row = {"step": step, "split": "validation", "loss": validation.loss}
+        row = {"step": run.step, "split": "validation", "loss": validation.loss}
         if validation.accuracy is not None:
             row["accuracy"] = validation.accuracy
         metrics.append(row)
     if validation.loss < run.best[0]:
-        run.best = (validation.loss, step)
+        run.best = (validation.loss, run.step)
     patience = run.settings.patience
-    return patience is None or step - run.best[1] < patience * run.settings.validate_every
+    return patience is None or run.step - run.best[1] < patience * run.settings.validate_every

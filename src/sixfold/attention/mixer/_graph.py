@@ -2,14 +2,49 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
-from sixfold.contracts import Heads
+from sixfold.contracts import Heads, Rating
 from sixfold.geometry.hexgrid import HexGrid
 from sixfold.ops.headmix import fused, reference
 
 SELF_START, EDGE_START = 0.7, 0.05
+
+Ties = tuple[Tensor, Tensor]
+"""Class of every node (h,) and of every directed edge (h, h): members share a gain."""
+
+
+class Entries(NamedTuple):
+    """Where each entry of a graph (h, h) stands in [edge gains, self gains, 0].
+
+    nodes (h,) tells the self gain of every head; the counts are those of different gains.
+    """
+
+    entries: Tensor
+    nodes: Tensor
+    num_nodes: int
+    num_edges: int
+
+    @classmethod
+    def of(cls, adjacency: Tensor, ties: Ties | None) -> Entries:
+        """One gain per node and directed edge of a 0/1 matrix (h, h), or per class of them."""
+        if ties is None:
+            nodes = torch.arange(len(adjacency), device="cpu")
+            edges = adjacency.flatten().cumsum(0).view_as(adjacency).long() - 1
+        else:
+            nodes, edges = ties
+        num_nodes, num_edges = int(nodes.max()) + 1, int(edges.max()) + 1
+        entries = edges.masked_fill(adjacency == 0, num_edges + num_nodes)
+        return cls(entries + torch.diag(nodes - num_nodes), nodes, num_nodes, num_edges)
+
+
+def graph_of(edge_gain: Tensor, self_gain: Tensor, entries: Tensor) -> Tensor:
+    """Self gains on the diagonal, edge gains on the edges, 0 elsewhere, (h, h)."""
+    values = torch.cat([edge_gain, self_gain, self_gain.new_zeros(1)])
+    return values.index_select(0, entries.flatten()).view_as(entries)
 
 
 class GraphMixer(nn.Module):
@@ -25,32 +60,26 @@ class GraphMixer(nn.Module):
         grid: the hexagonal grid the heads sit on, if they do.
     """
 
+    mixes_logits = False
+
     def __init__(
         self,
         heads: Heads,
         adjacency: Tensor,
-        ties: tuple[Tensor, Tensor] | None = None,
+        ties: Ties | None = None,
         grid: HexGrid | None = None,
         **factory: object,
     ) -> None:
         super().__init__()
         self.grid, width = grid, heads.head_dim
-        if ties is None:
-            nodes = torch.arange(heads.num_heads, device="cpu")
-            edges = adjacency.flatten().cumsum(0).view_as(adjacency).long() - 1
-        else:
-            nodes, edges = ties
         self.tied = ties is not None
-        num_nodes, num_edges = int(nodes.max()) + 1, int(edges.max()) + 1
+        entries, nodes, num_nodes, num_edges = Entries.of(adjacency, ties)
         self.weight_self = nn.Parameter(torch.empty(width, width, **factory))
         self.weight_neighbour = nn.Parameter(torch.empty(width, width, **factory))
         self.self_gain = nn.Parameter(torch.full((num_nodes,), SELF_START, **factory))
         self.edge_gain = nn.Parameter(torch.full((num_edges,), EDGE_START, **factory))
         self.gate = nn.Parameter(torch.ones(num_nodes, **factory))
-        # where graph() finds each entry in [edge gains, self gains, 0]. Saved with the weights: a
-        # layer made on the meta device gets its graph from the checkpoint
-        entries = edges.masked_fill(adjacency == 0, num_edges + num_nodes)
-        entries += torch.diag(nodes - num_nodes)
+        # saved with the weights: a layer made on the meta device gets its graph from the checkpoint
         self.register_buffer("entries", entries.to(self.gate.device))
         self.register_buffer("nodes", nodes.to(self.gate.device))
         nn.init.normal_(self.weight_self, std=width**-0.5)
@@ -58,8 +87,11 @@ class GraphMixer(nn.Module):
 
     def graph(self) -> Tensor:
         """lambda_i on the diagonal, g_ij on the edges, 0 elsewhere, (h, h)."""
-        values = torch.cat([self.edge_gain, self.self_gain, self.self_gain.new_zeros(1)])
-        return values.index_select(0, self.entries.flatten()).view_as(self.entries)
+        return graph_of(self.edge_gain, self.self_gain, self.entries)
+
+    def mix_logits(self, rating: Rating) -> Rating:
+        """The rating as it is."""
+        return rating
 
     def mix_outputs(self, heads: Tensor, impl: str) -> Tensor:
         """Mix head outputs (b, n, h, d); only ``reference`` can be differentiated twice."""

@@ -30,6 +30,7 @@ class ALiBi(nn.Module):
     """A penalty linear in the distance; queries are the last n of m positions."""
 
     ordered = "reach 'alibi'"
+    condenses = False
 
     def __init__(self, num_heads: int) -> None:
         super().__init__()

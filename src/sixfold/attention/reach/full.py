@@ -12,6 +12,7 @@ class Full(nn.Module):
     """No restriction."""
 
     ordered = None
+    condenses = False
 
     def forward(self, visibility: Visibility, n: int, m: int, device: torch.device) -> Visibility:  # noqa: ARG002
         """What the caller allows, unchanged."""

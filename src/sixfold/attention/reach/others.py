@@ -17,6 +17,7 @@ class Others(nn.Module):
     """All but the diagonal; queries are the last n of m positions."""
 
     ordered = "reach 'others'"
+    condenses = False
 
     def forward(self, visibility: Visibility, n: int, m: int, device: torch.device) -> Visibility:
         """The caller's mask without j = i."""

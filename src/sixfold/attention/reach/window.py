@@ -16,6 +16,7 @@ class Window(nn.Module):
     """Sliding window; queries are the last n of m positions."""
 
     ordered = "reach 'window'"
+    condenses = False
 
     def __init__(self, width: int) -> None:
         super().__init__()

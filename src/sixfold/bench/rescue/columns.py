@@ -1,7 +1,8 @@
 """Ways to keep a run from failing: nothing, the published rivals, and the governor.
 
 A column may change the recipe before the run begins, and wraps the step of its loop. The rivals are
-written from their papers' descriptions, with the defaults given there.
+written from their papers' descriptions, with the defaults given there; ARC is a package of others,
+used where it is installed.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from importlib import metadata
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sixfold.bench.rescue.task import Arm, Run
+from sixfold.bench.rescue.task import AFTER_BACKWARD, Arm, Run
 from sixfold.governor.architect import LeadMetaArchitect, Seen
 
 WHOLE = (-1, -1)
@@ -45,12 +47,14 @@ QUIET = Said()
 class Column(NamedTuple):
     """`recipe` is what the column makes of an arm, None where it has nothing to change there.
 
-    `speaks` where it raises alarms at all.
+    `speaks` where it raises alarms at all. `needs` is the package it is, with its version; None
+    where it is our own.
     """
 
     recipe: Callable[[Arm], Arm | None]
     begin: Callable[[Run], Step]
     speaks: bool = False
+    needs: str | None = None
 
 
 # ---------------------------------------------------------------- recipes
@@ -211,6 +215,64 @@ def halving(run: Run) -> Step:
     return step
 
 
+ARC_SIGNALS = {
+    "nan_loss": "loss", "loss_explosion": "loss",
+    "nan_gradients": "gradient_norm", "gradient_explosion": "gradient_norm",
+    "nan_weights": "weight_norm", "weight_sparsity_explosion": "weight_norm",
+    "weight_magnitude_collapse": "weight_norm", "lyapunov_divergence": "weight_growth",
+}  # fmt: skip
+"""What ARC calls a failure, and the signal that it was found by in the words of this benchmark."""
+ARC_DRIFTS = {"loss↑": "loss", "grad↑": "gradient_norm", "weight↑": "weight_growth"}
+"""The same of a drift, which may be one of several trends; its message marks them so."""
+
+
+def arc(run: Run) -> Step:
+    """ARC's controller with its defaults, called as its page says: before clip and optimizer.
+
+    A step that it asks to skip moves nothing, the schedule neither; batches go on.
+
+    Kaushik 2026, ARC: Autonomous Recovery Controller, arc-training 5.2.0.
+    """
+    from arc import Controller
+
+    controller = Controller(run.model, run.optimizer, scheduler=run.scheduler, verbose=False)
+
+    def step(loss: Tensor) -> Said:
+        run.optimizer.zero_grad()
+        loss.backward()
+        run.disturb(AFTER_BACKWARD)
+        action = controller.step(loss)
+        if not action.should_skip:
+            if run.arm.clip is not None:
+                nn.utils.clip_grad_norm_(run.model.parameters(), run.arm.clip)
+            run.optimizer.step()
+            run.scheduler.step()
+        run.iteration += 1
+        return reported(action)
+
+    return step
+
+
+def reported(action: Any) -> Said:
+    """What ARC says of a step; it gives a run up where it says that the fault is not the model's.
+
+    Raises KeyError for a failure that ARC did not know when its words were read.
+    """
+    if action.failure_type is None:
+        return Said(actions=("step skipped",)) if action.should_skip else QUIET
+    kind = action.failure_type.partition(" ")[0]
+    if kind == "drift_detected":
+        signals = [name for mark, name in ARC_DRIFTS.items() if mark in action.message]
+    else:
+        signals = [ARC_SIGNALS[kind]]
+    done = {"rollback": action.rolled_back, "rate halved": action.lr_reduced}
+    return Said(
+        tuple(Alarm("critical", name, *WHOLE) for name in signals),
+        tuple(name for name, made in done.items() if made),
+        action.message if action.unrecoverable else None,
+    )
+
+
 def governed(run: Run) -> Step:
     """The governor, as anyone would attach it."""
     governor = LeadMetaArchitect(run.model, run.optimizer, scheduler=run.scheduler)
@@ -243,5 +305,19 @@ COLUMNS = {
     "halving": Column(as_is, halving, speaks=True),
     "qk_norm": Column(with_attention("qk_norm"), plain),
     "sigma": Column(with_attention("sigma"), plain),
+    "arc": Column(as_is, arc, speaks=True, needs="arc-training==5.2.0.post1"),
     "governor": Column(as_is, governed, speaks=True),
 }
+
+
+def missing() -> dict[str, str]:
+    """Columns that cannot be run here, and the package that each of them needs.
+
+    Another version is another rival, and would stand under this one's name.
+    """
+    installed = {f"{found.name}=={found.version}" for found in metadata.distributions()}
+    return {
+        name: column.needs
+        for name, column in COLUMNS.items()
+        if column.needs is not None and column.needs not in installed
+    }

@@ -138,7 +138,7 @@ FAMILIES = {
     ),
     "exploding": Family(
         "24 layers of gain 2.5", replace(DEEP, shape=replace(DEEP.shape, gain=2.5)), "deep stack",
-        BROKEN,
+        LOSS,
     ),
     "corrupted head": broken(
         "small", Fault("scale head", 60, 61, 100.0), "W_Q, W_K and W_V of a head x100 at once",

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from sixfold import record
-from sixfold.bench.rescue import score, table
-from sixfold.bench.rescue.columns import COLUMNS
+from sixfold.bench.rescue import score, sensitivity, table
+from sixfold.bench.rescue.columns import COLUMNS, missing
 from sixfold.bench.rescue.families import FAMILIES, TWINS
 from sixfold.bench.rescue.healthy import healthy
 from sixfold.bench.rescue.trial import Case, Row, conduct_all
@@ -19,8 +19,10 @@ from sixfold.record import Provenance, Result
 
 SEEDS = {"tuning": range(5), "reporting": range(100, 105)}
 """What limits may be chosen by, and what is reported: never the same."""
-SMOKE, SMOKE_STEPS = ("fast collapse", "exploding"), 20
+SMOKE, SMOKE_STEPS = ("fast collapse", "exploding", "rates"), 20
 SMOKE_HEALTHY = ("copy 0", "digits 0")
+BESIDE = ("healthy", "rates")
+"""What is run beside the families, and is named like them."""
 
 
 def chosen(what: str, names: Sequence[str], allowed: Sequence[str]) -> list[str]:
@@ -32,6 +34,21 @@ def chosen(what: str, names: Sequence[str], allowed: Sequence[str]) -> list[str]
         if name not in allowed:
             raise ConfigError(unknown(f"rescue {what}", name, allowed))
     return list(names or allowed)
+
+
+def present(columns: Sequence[str]) -> list[str]:
+    """`columns`, or all that can be run here where there are none.
+
+    Raises ConfigError for a column that is not known, and for one whose package is not installed.
+    """
+    absent = missing()
+    for name in columns:
+        if name in absent:
+            raise ConfigError(
+                f"rescue column {name!r} needs a package that is not installed: "
+                f"pip install {absent[name]!r}"
+            )
+    return [name for name in chosen("column", columns, list(COLUMNS)) if name not in absent]
 
 
 def failing(columns: Sequence[str], families: Sequence[str], seeds: Sequence[int]) -> list[Case]:
@@ -65,9 +82,23 @@ def smoke(cases: Sequence[Case]) -> list[Case]:
     return [replace(c, arm=replace(c.arm, steps=SMOKE_STEPS, resumed=0)) for c in cases]
 
 
+def planned(
+    columns: Sequence[str], families: Sequence[str], seeds: Sequence[int], *, small: bool
+) -> list[Case]:
+    """What is to be run; healthy runs on the first seed only, and few of them where `small`."""
+    cases = failing(columns, [name for name in families if name in FAMILIES], seeds)
+    if "rates" in families:
+        cases += sensitivity.climbing(columns, seeds)
+    if "healthy" in families:
+        cases += suspicious(columns, seeds[0])
+    elif small:
+        cases += [case for case in suspicious(columns, seeds[0]) if case.name in SMOKE_HEALTHY]
+    return smoke(cases) if small else cases
+
+
 @contextmanager
-def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on a terminal; elsewhere a line every tenth of the way."""
+def progress(total: int, left_out: Mapping[str, str]) -> Iterator[Callable[[str], None]]:
+    """A bar on a terminal; elsewhere a line every tenth of the way. First, what is not here."""
     try:
         from rich.console import Console
         from rich.progress import Progress
@@ -76,6 +107,9 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
             f"the rescue benchmark shows its progress with {error.name}: pip install 'sixfold[cli]'"
         ) from error
     console, done = Console(stderr=True), 0
+    for name, package in left_out.items():
+        said = f"rescue  {name} is left out: {package} is not installed"
+        console.print(said, markup=False, highlight=False)
 
     def line(name: str) -> None:
         nonlocal done
@@ -104,8 +138,8 @@ def rescue(
     """Run the benchmark, or what is left of it, and return its tables as Markdown.
 
     Args:
-        columns: keys of `COLUMNS`; all of them if none is given.
-        families: keys of `FAMILIES`, and "healthy"; all of them if none is given.
+        columns: keys of `COLUMNS`; all that are installed if none is given.
+        families: keys of `FAMILIES`, "healthy" and "rates"; all of them if none is given.
         seeds: "tuning" or "reporting".
         jobs: processes, each on one thread.
         runs: folder of the rows.
@@ -113,23 +147,18 @@ def rescue(
         publish: folder in which ``results/rescue.csv`` and ``docs/rescue.md`` are written.
 
     Raises:
-        ConfigError: for a name that is not known, less than one job, or publishing a part, or what
-            limits were chosen by.
+        ConfigError: for a name that is not known, a column that is not installed, less than one
+            job, or publishing a part, or what limits were chosen by.
     """
     if publish is not None and (small or families or seeds == "tuning"):
         raise ConfigError("only all families on the reporting seeds are published")
     chosen("seeds", [seeds], list(SEEDS))
-    names = chosen("column", columns, list(COLUMNS))
-    families = chosen("family", families or SMOKE * small, [*FAMILIES, "healthy"])
+    names = present(columns)
+    families = chosen("family", families or SMOKE * small, [*FAMILIES, *BESIDE])
     numbers = list(SEEDS[seeds])[: 1 if small else None]
-    cases = failing(names, [name for name in families if name != "healthy"], numbers)
-    if "healthy" in families:
-        cases += suspicious(names, numbers[0])
-    elif small:
-        cases += [case for case in suspicious(names, numbers[0]) if case.name in SMOKE_HEALTHY]
-    if small:
-        cases, runs = smoke(cases), runs / "smoke"
-    with progress(len(cases)) as tell:
+    cases = planned(names, families, numbers, small=small)
+    runs = runs / "smoke" if small else runs
+    with progress(len(cases), {} if columns else missing()) as tell:
         rows = conduct_all(runs / seeds, cases, jobs, tell)
     found = table.results(score.by_key(rows), names)
     if publish is None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from sixfold.bench.rescue import score
+from sixfold.bench.rescue import score, sensitivity
 from sixfold.bench.rescue.columns import COLUMNS
 from sixfold.bench.rescue.families import FAMILIES
 from sixfold.bench.rescue.healthy import KINDS
@@ -15,6 +15,7 @@ from sixfold.bench.rescue.score import Quartiles, Rows, Verdict
 from sixfold.record import Result
 
 ALL, CURABLE, HEALTHY = "all failures", "curable failures", "healthy runs"
+LADDER = "all rates"
 COLLAPSE = "entropy collapse"
 COLLAPSES = ("soft collapse", "hard collapse", "fast collapse")
 GROUPS = {
@@ -100,6 +101,19 @@ def of_healthy(rows: Rows, column: str) -> list[Result]:
     return found
 
 
+def of_rates(rows: Rows, column: str) -> list[Result]:
+    """Final losses over a ladder of learning rates, and how much they depend on the rate."""
+    ladders = sensitivity.ladders(rows, column)
+    if not ladders:
+        return []
+    found = [
+        figure(sensitivity.named(rate), column, "final loss", "nats", score.quartiles(losses))
+        for rate, losses in zip(sensitivity.LADDER, zip(*ladders, strict=True), strict=True)
+    ]
+    spread = score.quartiles([sensitivity.sensitivity(losses) for losses in ladders])
+    return [*found, figure(LADDER, column, "sensitivity", "nats", spread)]
+
+
 def results(rows: Rows, columns: Sequence[str]) -> list[Result]:
     """Every figure of these columns that the rows give."""
     found = []
@@ -109,7 +123,7 @@ def results(rows: Rows, columns: Sequence[str]) -> list[Result]:
             found += of_family(name, column, [v for v in judged if v.family == name])
         for group, names in GROUPS.items():
             found += of_failures(group, column, [v for v in judged if v.family in names])
-        found += of_healthy(rows, column)
+        found += of_healthy(rows, column) + of_rates(rows, column)
     return found
 
 
@@ -152,9 +166,13 @@ to keep still. Models, data and loops are plain PyTorch.
   wrong later, those with an alarm before. *Given up*: the column said that going on is no use.
 - *Disturbed*: a healthy run with an alarm above notice or any action; the bound is the upper end
   of a one-sided 95 % interval (Clopper-Pearson).
+- *Sensitivity* to the learning rate: the reference run is trained at five rates; the mean of its
+  final losses minus the best of them (Wortsman et al. 2023, section 2.2), column by column.
 - Figures are medians over seeds, ± half the distance between the quartiles. ZClip, AdaGC and
   sigma-Reparam are our own, written from their papers, with the defaults given there; *halving* is
-  a learning rate that is halved where the smoothed loss stands 0.1 nat above its best.
+  a learning rate that is halved where the smoothed loss stands 0.1 nat above its best; *arc* is the
+  package arc-training 5.2.0 with its defaults, in the loop that its page shows, and its alarms are
+  the failures that it reports.
 """
 ORIGIN = """
 This page is made by `sixfold rescue` from `results/rescue.csv`; the governor's limits were chosen
@@ -253,6 +271,16 @@ def on_kinds(figures: Figures, columns: Sequence[str]) -> str:
     return markdown(["kind", *columns], body)
 
 
+def by_rate(figures: Figures, columns: Sequence[str]) -> str:
+    """Final losses at each rate of the ladder, and the sensitivity; only what was measured."""
+    cells = [(sensitivity.named(rate), "final loss") for rate in sensitivity.LADDER]
+    cells.append((LADDER, "sensitivity"))
+    head = ["column", *(f"{rate:g}" for rate in sensitivity.LADDER), "sensitivity"]
+    climbed = [name for name in columns if (name, *cells[-1]) in figures]
+    body = [[name, *(shown(figures.get((name, *cell))) for cell in cells)] for name in climbed]
+    return markdown(head, body)
+
+
 def page(found: Sequence[Result], origins: Sequence[str] = ()) -> str:
     """The page of these figures; where they come from is said where they are published."""
     figures = {(r.experiment.removeprefix("rescue: "), r.case, r.metric): r for r in found}
@@ -269,6 +297,7 @@ def page(found: Sequence[Result], origins: Sequence[str] = ()) -> str:
         "## Worst seeds\n", by_family(figures, rivals, "worst rescue ratio"),
         "## Lead, steps\n", by_family(figures, speaking, "lead"),
         "## Runs given up\n", by_family(figures, speaking, "given up"),
+        "## Final losses by learning rate, nats\n", by_rate(figures, columns),
         "## Healthy runs disturbed\n", on_kinds(figures, speaking),
     ]  # fmt: skip
     return "\n".join(parts)

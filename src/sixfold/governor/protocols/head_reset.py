@@ -6,6 +6,7 @@ and Bengio 2010), or the mean of the head's ``neighbours``: on the hexagonal gri
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -45,8 +46,22 @@ class HeadReset(Weights):
         if self.method == "xavier":
             return torch.nn.init.xavier_uniform_(fresh, generator=generator).to(weight)
         torch.nn.init.orthogonal_(fresh, generator=generator)
-        usual = weights.float().square().mean((1, 2)).median().sqrt().to(fresh.device)
-        return (fresh * usual / fresh.square().mean().sqrt()).to(weight)
+        usual = usual_size(layer.matrices(), role)
+        scale = 1.0 if usual is None else usual / float(fresh.square().mean().sqrt())
+        return (fresh * scale).to(weight)
+
+
+def usual_size(weights: Mapping[str, Tensor], role: str) -> float | None:
+    """Median over heads of the root mean square of their weights of a role.
+
+    Weights of zero say nothing of how large others should be: where all heads' are, those of the
+    layer's other roles tell it, and None where all are zero.
+    """
+    sizes = {name: w.float().square().mean((1, 2)).sqrt() for name, w in weights.items()}
+    for known in (sizes[role], torch.cat(list(sizes.values()))):
+        if known.any():
+            return float(known[known > 0].median())
+    return None
 
 
 def near(layer: Any, head: int, count: int) -> list[int]:

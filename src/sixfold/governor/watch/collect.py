@@ -30,6 +30,7 @@ UNITS = {
     "learning_rate": "1",
     "loss_finite": "1",
     "gradient_share": "1 (of the largest)",
+    "gain": "1",
     "stable_rank": "1",
     "times_us": "microseconds",
     "tokens_per_s": "tokens/s",
@@ -126,12 +127,16 @@ class Whole:
     def moved(self) -> dict[str, float]:
         """||W' - W|| / ||W|| and ||W'|| of all together, and the share of the smallest gradient.
 
-        Also kept: `sizes`, the norm of each matrix.
+        With them the gain before the step, median ||W||_F / sqrt(outputs) of the matrices: how many
+        times larger than its input a random map makes its output. Also kept: `sizes`, the norm of
+        each matrix.
         """
         if not self.parameters:
             return {}
         now = [p.detach() for p in self.parameters]
-        norms = torch.stack(torch._foreach_norm(now)).tolist()
+        wide = [p for p in self.before if p.ndim > 1]
+        all_norms = torch.stack(torch._foreach_norm([*now, *wide])).tolist()
+        norms, early = all_norms[: len(now)], all_norms[len(now) :]
         self.sizes = [n for n, p in zip(norms, now, strict=True) if p.ndim > 1]
         old = float(torch.nn.utils.get_total_norm(self.before))
         torch._foreach_sub_(self.before, now)
@@ -139,7 +144,8 @@ class Whole:
         found = {"update_ratio": step / max(old, 1e-30), "weight_norm": math.hypot(*norms)}
         if self.gradient_share is not None:
             found["gradient_share"] = self.gradient_share
-        return found
+        gains = [norm / len(p) ** 0.5 for norm, p in zip(early, wide, strict=True) if len(p)]
+        return found | ({"gain": statistics.median(gains)} if gains else {})
 
 
 def growth(old: Sequence[float], new: Sequence[float]) -> dict[str, float]:

@@ -177,6 +177,28 @@ def beside(
     return [(made, start) for start in starts]
 
 
+def left(
+    keys: list[tuple[Product, int]], d: int, products: Sequence[Product]
+) -> list[tuple[Product, int]]:
+    """What makes values that are all zero: the only d outputs at a time that are, as keys come.
+
+    They are looked for in weights of the shape that makes the keys.
+    Raises Untraced where more heads' outputs are zero than there are different keys, or fewer.
+    """
+    places, first = [(id(made), start) for made, start in keys], keys[0][0]
+    heads = list(dict.fromkeys(places))
+    zero = [
+        (made, start)
+        for made in products
+        if made.tokens == first.tokens and made.weight.shape == first.weight.shape
+        for start in range(0, made.rows.shape[1] - d + 1, d)
+        if not made.rows[:, start : start + d].any()
+    ]
+    if len(zero) != len(heads):
+        raise Untraced("all values are zero, and nothing tells what makes them", again=True)
+    return [zero[heads.index(place)] for place in places]
+
+
 def tolerance_of(*points: Tensor) -> float:
     """How far apart equal norms may be after a rotation in the least of these precisions."""
     return max(1e-4, *(2 * torch.finfo(p.dtype).eps for p in points))
@@ -206,7 +228,11 @@ def trace(query: Tensor, key: Tensor, value: Tensor, products: Sequence[Product]
     Raises Untraced, with the reason.
     """
     points = {"queries": query, "keys": key, "values": value}
-    found = {role: find(role, p, products) for role, p in points.items()}
+    found = {role: find(role, points[role], products) for role in ("queries", "keys")}
+    if value.any():
+        found["values"] = find("values", value, products)
+    else:
+        found["values"] = left(found["keys"], value.shape[-1], products)
     check_values(value, found["values"])
     layout = {
         role[0]: [share(made, start, points[role].shape[-1]) for made, start in heads]

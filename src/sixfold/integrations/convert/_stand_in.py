@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from sixfold.attention.multihead import MultiHeadAttention, Part, build_part
+from sixfold.attention.multihead import MultiHeadAttention, Part, build_part, check_held
 from sixfold.attention.projection._belief import FLOOR, START
-from sixfold.contracts import Belief, Heads, Rating
+from sixfold.contracts import Belief, Features, Heads, Rating
 from sixfold.ops.attend import choose
 
 OWN = "sixfold_score"
@@ -105,6 +105,8 @@ def attention_like(
     layer.score = point_score(wanted.score, heads, **factory)
     layer.impl = wanted.parts["impl"]
     choose.check(layer.score.gives, layer.impl)
+    if layer.mixer.mixes_logits and layer.score.gives is not Features:
+        check_held(f"mixer {wanted.parts['mixer']!r}", wanted.score, layer.impl)
     gate = getattr(layer.mixer, "gate", None)
     if gate is not None:
         nn.init.zeros_(gate)

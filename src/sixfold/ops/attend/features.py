@@ -40,9 +40,13 @@ def lift_queries(vectors: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 def _filled(parts: list[Tensor]) -> Tensor:
     missing = -sum(part.shape[-1] for part in parts) % MULTIPLE
     zeros = parts[0].new_zeros(()).expand(*parts[0].shape[:-1], missing)
-    features = torch.cat([*parts, zeros], dim=-1)
+    return unhidden(torch.cat([*parts, zeros], dim=-1))
+
+
+def unhidden(features: Tensor) -> Tensor:
+    """Features with NaN for infinities of float16: they must not look like a key that is masked."""
     if features.dtype == torch.float16:
-        # inf - inf is NaN: what float16 cannot hold must not look like a key that is masked
+        # inf - inf is NaN
         features = features + (features - features).detach()
     return features
 

@@ -21,6 +21,9 @@ def attend(features: Features, value: Tensor, visibility: Visibility, dropout: f
     """Same as the reference, without ever holding the weights."""
     query, key, scale = features
     width = value.shape[-1]
+    if key.shape[1] != value.shape[1]:
+        # heads that share keys need not share values, nor the other way round
+        key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
     query, key, value = equal_widths(query, key, value)
     n, m = query.shape[-2], key.shape[-2]
     # the kernels align causality upper-left: theirs equals ours only for a square without a mask,

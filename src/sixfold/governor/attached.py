@@ -1,0 +1,32 @@
+"""The governors at work: two on one model would undo each other's changes."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch import nn
+
+from sixfold.governor.watch.watch import may_attend
+
+ATTACHED: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Every `LeadMetaArchitect` that has not let go."""
+
+
+def check_free(model: nn.Module, optimizer: Any) -> None:
+    """Raise ValueError where a governor is at work on a model's layers or its optimizer already."""
+    mine = set(model.modules())
+    for other in ATTACHED:
+        if other.model is model:
+            raise ValueError("this model has a governor already: detach() it first")
+        shared = mine & set(other.model.modules())
+        if any(module in (model, other.model) or may_attend(module) for module in shared):
+            raise ValueError(
+                f"this {type(model).__name__} shares layers with a {type(other.model).__name__} "
+                "that has a governor already: detach() it first, or govern the whole alone"
+            )
+        if optimizer is not None and other.optimizer is optimizer:
+            raise ValueError(
+                f"this {type(optimizer).__name__} has a governor already, that of another model: "
+                "give each model an optimizer of its own, or govern one module that holds both"
+            )

@@ -1,0 +1,160 @@
+"""The hierarchical reach through the whole layer: exact where it must be, causal, cached, refused."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from sixfold.attention.cache import KeyValueCache
+from sixfold.attention.multihead import MultiHeadAttention
+
+EXACT = {"name": "hierarchical", "block": 8, "capacity": 8, "threshold": 0.0, "scales": 1}
+LOOSE = {"name": "hierarchical", "block": 8, "capacity": 3, "threshold": 0.5}
+LAYERS = {
+    "dot": {},
+    "dot, rope": {"rope_theta": 1e4},
+    "cosine, rope": {"score": "cosine", "rope_theta": 1e4},
+    "l2_squared": {"score": "l2_squared"},
+    "kl": {"score": "kl", "projection": "gaussian"},
+    "kl, so": {"score": "kl", "projection": {"name": "gaussian", "frames": "so"}},
+    "kl, so per token": {
+        "score": "kl", "projection": {"name": "gaussian", "frames": "so", "per": "token"},
+    },
+    "kl_diagonal": {"score": "kl_diagonal", "projection": "gaussian_diagonal"},
+    "jeffreys": {"score": "jeffreys", "projection": "gaussian_diagonal"},
+    "wasserstein2": {"score": "wasserstein2", "projection": "gaussian_diagonal"},
+    "grouped": {"num_kv_heads": 2},
+    "l1": {"score": "l1", "impl": "reference"},
+}  # fmt: skip
+every_layer = pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
+
+
+def layer(reach, options) -> MultiHeadAttention:
+    torch.manual_seed(1)
+    return MultiHeadAttention(32, 4, reach=reach, dtype=torch.float64, **options)
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    torch.manual_seed(0)
+    return torch.randn(2, 61, 32, dtype=torch.float64)
+
+
+def assert_same(one: torch.Tensor, other: torch.Tensor) -> None:
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+@every_layer
+@pytest.mark.parametrize("causal", [True, False])
+def test_with_threshold_zero_it_is_full_attention(x, options, causal):
+    full, exact = layer("full", options), layer(EXACT, options)
+    assert_same(exact(x, is_causal=causal), full(x, is_causal=causal))
+    real = torch.ones(2, 61, dtype=torch.bool)
+    real[0, :20] = real[1, 50:] = False
+    expected = full(x, is_causal=causal, key_mask=real)
+    assert_same(exact(x, is_causal=causal, key_mask=real), expected)
+
+
+@every_layer
+def test_segments_are_one_pass_and_a_cut_cache_goes_on(x, options):
+    loose, cache = layer(LOOSE, options), KeyValueCache()
+    whole = loose(x, is_causal=True)
+    cuts = [0, 5, 6, 30, 31, 61]
+    parts = [loose(x[:, a:b], is_causal=True, cache=cache) for a, b in pairwise(cuts)]
+    assert_same(torch.cat(parts, 1), whole)
+    cache.crop(27)
+    assert_same(loose(x[:, 27:40], is_causal=True, cache=cache), whole[:, 27:40])
+    cache.reorder(torch.tensor([1, 0]))
+    swapped = loose(x.flip(0)[:, 40:61], is_causal=True, cache=cache)
+    assert_same(swapped, whole.flip(0)[:, 40:61])
+
+
+@every_layer
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_reference_says_the_same_and_its_weights_are_weights(x, options, causal):
+    loose = layer(LOOSE, options)
+    out, weights = loose(x, is_causal=causal, need_weights=True)
+    assert_same(weights.sum(-1), torch.ones_like(weights[..., 0]))
+    if causal:
+        assert not weights.triu(1).any()
+    loose.impl = "reference"
+    assert_same(loose(x, is_causal=causal), out)
+    found = loose.statistics(x, is_causal=causal)
+    entropy = torch.special.entr(weights).sum(-1)
+    assert_same(found.entropy, entropy)
+
+
+@every_layer
+def test_what_comes_later_changes_no_bit(x, options):
+    loose = layer(LOOSE, options).double()
+    later = x.clone()
+    later[:, 41:] += 3
+    one, other = (loose(tokens, is_causal=True)[:, :41] for tokens in (x, later))
+    assert torch.equal(one, other)
+
+
+def test_every_parameter_and_token_is_reached(x):
+    x.requires_grad_()
+    for options in LAYERS.values():
+        loose = layer(LOOSE, options)
+        x.requires_grad_()
+        loss = loose(x, is_causal=True)[:, -1].square().sum()
+        leaves = [x, *loose.parameters()]
+        grads = torch.autograd.grad(loss, leaves)
+        assert (grads[0].abs().sum(-1) > 0).all()
+        assert all(g.isfinite().all() for g in grads)
+
+
+def test_equal_tokens_merge_without_error():
+    """Rotated after they condense, equal tokens stay one group only where nothing rotates them."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 8, 32, dtype=torch.float64).repeat_interleave(8, 1)
+    reach = {"name": "hierarchical", "block": 8, "capacity": 1, "threshold": 1e-9}
+    full, loose = layer("full", {}), layer(reach, {})
+    assert_same(loose(x, is_causal=True)[:, :24], full(x, is_causal=True)[:, :24])
+
+
+def test_rows_that_see_nothing_are_zero(x):
+    loose = layer(LOOSE, {})
+    real = torch.zeros(2, 61, dtype=torch.bool)
+    real[:, 30:] = True
+    out = loose(x, is_causal=True, key_mask=real)
+    assert not out[:, :30].any()
+    assert out[:, 30:].any(-1).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"block": 0}, "block must be 1 or more, got 0"),
+        ({"capacity": 0}, "capacity must be 1 or more, got 0"),
+        ({"threshold": -1.0}, "threshold must be 0 or more, got -1.0"),
+        ({"scales": 0}, "scales must be 1 or more, or None; got 0"),
+    ],
+)
+def test_rules_that_cannot_be_meant_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        layer({"name": "hierarchical", **options}, {})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"score": "l1"}, "score 'l1' is no inner product, which reach 'hierarchical' needs"),
+        ({"softcap": 30.0}, "softcap and sinks cannot be used with reach 'hierarchical'"),
+        ({"sinks": True}, "softcap and sinks cannot be used with reach 'hierarchical'"),
+    ],
+)
+def test_what_cannot_be_joined_with_it_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        layer(LOOSE, options)
+
+
+def test_a_mask_of_pairs_and_a_context_are_refused(x):
+    loose = layer(LOOSE, {})
+    with pytest.raises(ValueError, match="takes key_mask and is_causal, not attn_mask"):
+        loose(x, attn_mask=torch.ones(61, 61, dtype=torch.bool).tril())
+    with pytest.raises(ValueError, match="reach 'hierarchical' orders the tokens"):
+        loose(x, x)

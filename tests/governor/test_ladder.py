@@ -1,0 +1,79 @@
+"""Which change answers which alarm, decided on snapshots alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from sixfold.contracts import Snapshot
+from sixfold.governor.limits import preset
+from sixfold.governor.state import State
+from sixfold.governor.step import step
+
+REWINDING = replace(preset("default"), rewinding=True)
+
+
+def decided(rows, limits=REWINDING):
+    """(step, change) of what is done about these scalars of every tenth step, losses as given."""
+    state, made = State(), []
+    for number, row in enumerate(rows):
+        loss = row.pop("loss", 2.0)
+        now = Snapshot(10 * number + 1, loss, {"max_logit": ((1.0,),)}, row, {})
+        state, decisions = step(state, now, limits)
+        made += [(now.step, applied.change) for applied in decisions.applied]
+    return made
+
+
+@pytest.mark.parametrize(("ratio", "power"), [(0.049, None), (0.051, 2), (0.11, 3)])
+def test_one_step_that_moves_all_weights_too_far_is_shielded_at_once(ratio, power):
+    made = decided([{"update_ratio": ratio, "weight_norm": 30.0}])
+    assert [(at, change.name, change.power) for at, change in made] == (
+        [] if power is None else [(1, "learning_rate_shield", power)]
+    )
+
+
+def test_a_layer_may_be_moved_further_than_the_whole():
+    now = Snapshot(1, 2.0, {"update_ratio": ((0.19, 0.19),)}, {"update_ratio": 0.04}, {})
+    assert not step(State(), now, REWINDING)[1].applied
+
+
+def test_a_shield_that_was_too_weak_is_joined_by_another_after_the_cooldown():
+    rows = [
+        {"update_ratio": 0.06, "weight_norm": 30.0},
+        {"update_ratio": 0.04, "weight_norm": 31.0, "weight_growth": 1.2},
+        {"update_ratio": 0.001, "weight_norm": 31.0, "weight_growth": 1.01},
+    ]
+    made = decided(rows)
+    # 1.2^2 - 1 = 0.44 = 0.66^2; 0.66 / 0.05 = 13 < 2^4
+    assert [(at, change.name, change.power) for at, change in made] == [
+        (1, "learning_rate_shield", 2), (11, "learning_rate_shield", 4),
+    ]  # fmt: skip
+
+
+def test_growth_says_more_than_one_step_and_is_answered_first():
+    (one,) = decided([{"update_ratio": 0.06, "weight_norm": 30.0, "weight_growth": 1.4}])
+    assert one[1].expects.signal == "weight_growth"
+
+
+def test_a_run_is_gone_back_from_under_a_shield_too():
+    rows = [{"update_ratio": 0.06, "weight_norm": 30.0}]
+    rows += [{"update_ratio": 0.01, "weight_norm": 30.0} for _ in range(4)]
+    rows += [{"update_ratio": 0.01, "weight_norm": 100.0}]
+    names = [(at, change.name) for at, change in decided(rows)]
+    assert names == [(1, "learning_rate_shield"), (51, "rollback")]
+
+
+@pytest.mark.parametrize(
+    ("first", "gain", "limits", "name"),
+    [
+        (True, 2.5, REWINDING, "initial_gain"),
+        (True, 1.4, REWINDING, "gradient_clip"),
+        (True, 2.5, preset("default"), "gradient_clip"),
+        (False, 2.5, REWINDING, "gradient_clip"),
+    ],
+)
+def test_only_a_run_that_can_begin_again_has_its_gains_changed(first, gain, limits, name):
+    row = {"update_ratio": 200.0, "gradient_norm": 1e6, "weight_norm": 90.0, "gain": gain}
+    made = decided([row] if first else [{"weight_norm": 90.0}, row], limits)
+    assert [change.name for _, change in made] == [name]
