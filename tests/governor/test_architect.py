@@ -344,3 +344,25 @@ def test_masked_reference_weights_agree_with_the_probe_on_padding():
     p = scores.softmax(-1)[0, :, :, :4]
     expected = -(p * p.log()).sum(-1).mean(-1) / torch.tensor(4.0).log()
     assert entropy == pytest.approx(expected.tolist(), rel=1e-5)
+
+
+def test_what_stops_learning_after_the_governor_came_is_told_of_once():
+    model, optimizer = model_and_optimizer()
+    model.blocks[0].requires_grad_(False)  # by plan, before: nobody is told
+    governor = LeadMetaArchitect(model, optimizer, every=2)
+    train(model, optimizer, governor, 4)
+    assert not [row for row in governor.journal if row["kind"] == "alarm"]
+    model.blocks[1].requires_grad_(False)
+    train(model, optimizer, governor, 6)
+    told = [row for row in governor.journal if row["kind"] == "alarm"]
+    assert [(row["signal"], row["level"]) for row in told] == [("frozen", "warning")]
+    first, second = (sum(p.numel() for p in block.parameters()) for block in model.blocks)
+    total = sum(p.numel() for p in model.parameters()) - first
+    assert told[0]["value"] == pytest.approx(second / total)
+
+
+def test_a_model_in_eval_mode_is_told_of():
+    model, optimizer = model_and_optimizer()
+    governor = LeadMetaArchitect(model.eval(), optimizer, every=1)
+    with pytest.warns(UserWarning, match=r"eval mode.*model.train\(\).*only loss and gradients"):
+        train(model, optimizer, governor, 3)

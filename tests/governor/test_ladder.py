@@ -77,3 +77,34 @@ def test_only_a_run_that_can_begin_again_has_its_gains_changed(first, gain, limi
     row = {"update_ratio": 200.0, "gradient_norm": 1e6, "weight_norm": 90.0, "gain": gain}
     made = decided([row] if first else [{"weight_norm": 90.0}, row], limits)
     assert [change.name for _, change in made] == [name]
+
+
+def returns(losses):
+    """(step, change) of what is done about the losses of a run, one a step."""
+    state, made = State(), []
+    for number, loss in enumerate(losses):
+        now = Snapshot(number + 1, loss, {}, {"loss_finite": 1.0}, {})
+        state, decisions = step(state, now, REWINDING)
+        made += [(now.step, applied.change) for applied in decisions.applied]
+    return made
+
+
+def test_a_second_return_brings_a_smaller_learning_rate():
+    bad, good = [4.0] * 8, [2.0] * 40
+    once = returns([*good, *bad, *good])
+    assert [change.name for _, change in once] == ["rollback"]
+    twice = returns([*good, *bad, *good, *bad, *good])
+    assert [change.name for _, change in twice] == ["rollback", "rollback", "learning_rate_shield"]
+    _, (first, _), (second, shield) = twice
+    assert first == second
+    assert shield.power == 3
+
+
+def test_a_muted_signal_keeps_nobody_awake():
+    hot = Snapshot(1, 2.0, {"max_logit": ((200.0,),)}, {}, {})
+    state, _ = step(State(), hot, REWINDING)
+    assert state.memory.vigilant
+    muted = replace(REWINDING, alarms=replace(REWINDING.alarms, muted=("max_logit",)))
+    state, decisions = step(state, hot._replace(step=2), muted)
+    assert not state.memory.vigilant
+    assert not decisions.alarms

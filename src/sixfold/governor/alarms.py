@@ -138,7 +138,8 @@ def judge(
     present = [alarm for alarm in present if alarm.signal not in limits.muted]
     keys = {(a.level, a.signal, *a.target): a for a in present}
     news = tuple(alarm for key, alarm in keys.items() if key not in memory.raised)
-    still = {key for key in memory.raised if key in keys or not cleared(key, snapshot, limits)}
+    heard = {key for key in memory.raised if key[1] not in limits.muted}
+    still = {key for key in heard if key in keys or not cleared(key, snapshot, limits)}
     critical_at = memory.critical_at
     if any(alarm.level == "critical" for alarm in present):
         critical_at = snapshot.step

@@ -22,7 +22,7 @@ TELEMETRY, JOURNAL = "telemetry.jsonl", "journal.jsonl"
 SIGNALS = (
     "max_logit", "entropy", "gradient_norm", "gradient_mean", "update_ratio", "rank_distance",
     "sigma_max_v", "condition_q", "condition_k", "condition_v", "weight_norm",
-    "weight_growth", "gradient_share", "loss", "mixing", "tokens_per_s",
+    "weight_growth", "gradient_share", "frozen", "loss", "mixing", "tokens_per_s",
 )  # fmt: skip
 """What an alarm can be about."""
 GIVEN = ("limits", "resumed", "refused")

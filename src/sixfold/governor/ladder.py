@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeGuard
 from sixfold.contracts import WHOLE, Change, HeadId, Snapshot
 from sixfold.governor import alarms
 from sixfold.governor.alarms import Alarm, Memory
-from sixfold.governor.limits import Limits
+from sixfold.governor.limits import ActionLimits, Limits
 from sixfold.governor.protocols import (
     decay_shield,
     entropy_term,
@@ -49,6 +49,8 @@ UNSHIELDED = ("loss", "weight_norm", "weight_growth", "update_ratio")
 """Signals that are answered while a shield is up: it came late, or was too weak for what came."""
 LOST = 1.0
 """Part of themselves that one step may move weights by before they count as lost."""
+COOLER = 3
+"""Power of two by which the learning rate falls when a run has to go back again."""
 EXPLODED = 1e3
 """Norm of all gradients that no loss of a mean has."""
 
@@ -247,6 +249,19 @@ def still_needed(change: Change, snapshot: Snapshot, memory: Memory, limits: Lim
 def worse_than_ever(now: Situation) -> Change | None:
     """A run that is worse than when it began goes back to where it was well."""
     return back(now)
+
+
+def cooler(
+    returned: Alarm, history: tuple[tuple[int, str, HeadId], ...], actions: ActionLimits
+) -> Change | None:
+    """A shield beside a return for a loss, where one return alone has not helped before.
+
+    The batches that were left out were then not what is wrong: what is left is how far steps go.
+    """
+    before = sum(name == "rollback" for _, name, _ in history)
+    if returned.signal != "loss" or not before:
+        return None
+    return learning_rate_shield.build(returned, COOLER, actions)
 
 
 def back(now: Situation) -> Change | None:

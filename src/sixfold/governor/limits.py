@@ -32,6 +32,7 @@ class AlarmLimits:
         weight_fall: share that they may lose from one sample to the next, five times in a row.
         sigma_ratio: largest singular value of a head's W_V over the median of its layer.
         gradient_share: smallest gradient of a weight matrix over the largest, three samples long.
+        frozen: share of the numbers that were to be learned at attach and are so no more.
         rank_distance: part of a layer's input that is not the mean token; below it all tokens are
             one.
         loss_ratio: loss over the first loss, for `loss_patience` steps: a run that is worse than
@@ -63,6 +64,7 @@ class AlarmLimits:
     weight_fall: float | None = None
     sigma_ratio: float | None = None
     gradient_share: float | None = None
+    frozen: float | None = None
     rank_distance: float | None = None
     loss_ratio: float | None = None
     loss_patience: int = 7
@@ -146,8 +148,8 @@ PRESETS = {
             logit_warning=50.0, logit_critical=100.0, entropy_ratio=0.5, dead_samples=3,
             update_ratio=0.2, whole_update=0.05, weight_growth=1.15, weight_jump=3.0,
             weight_fall=0.02,
-            sigma_ratio=10.0, gradient_share=1e-6, rank_distance=1e-3, loss_ratio=1.5,
-            loss_spike=10.0, finite=True,
+            sigma_ratio=10.0, gradient_share=1e-6, frozen=0.0, rank_distance=1e-3,
+            loss_ratio=1.5, loss_spike=10.0, finite=True,
         ),
     ),
     # the first published rule set: kept to be compared with, it warns on healthy runs

@@ -52,6 +52,8 @@ class Meter:
         self.model, self.optimizer, self.every = model, optimizer, every
         self.watch = Watch(model)
         self.sizes: list[float] = []
+        groups = [] if optimizer is None else optimizer.param_groups
+        self._learned = [p for group in groups for p in group["params"] if p.requires_grad]
         self._hooks: list[Any] = []
         self._blind = False
         self.disarm()
@@ -190,15 +192,22 @@ class Meter:
             scalars |= self._whole.moved()
             scalars |= collect.growth(self.sizes, self._whole.sizes)
             self.sizes = self._whole.sizes
+        if self.sampling and self._learned:
+            still = sum(p.numel() for p in self._learned if p.requires_grad)
+            scalars["frozen"] = 1 - still / sum(p.numel() for p in self._learned)
         found = Snapshot(now, value, {}, scalars, {})
         if self.sampling and self.layers:
             found = self._sample(found)
-        elif self.sampling and not self._blind and self.watch.nothing() is not None:
+        if self.sampling and not self._blind and self._nothing() is not None:
             self._blind = True
-            warnings.warn(
-                f"{self.watch.nothing()}; only loss and gradients are watched", stacklevel=5
-            )
+            warnings.warn(f"{self._nothing()}; only loss and gradients are watched", stacklevel=5)
         return ranks.joined(found, self.device, sampled=self.sampling)
+
+    def _nothing(self) -> str | None:
+        """Why no head is seen, or None where heads are, or may yet be."""
+        if not self.model.training:
+            return "the model is in eval mode, as for an evaluation: call model.train()"
+        return None if self.layers else self.watch.nothing()
 
     def _sample(self, found: Snapshot) -> Snapshot:
         """A snapshot with all signals."""

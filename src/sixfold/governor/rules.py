@@ -156,7 +156,7 @@ def update_rules(memory: Memory, snapshot: Snapshot, limits: AlarmLimits) -> Ite
 
 
 def norm_rules(memory: Memory, snapshot: Snapshot, limits: AlarmLimits) -> Iterator[Alarm]:
-    """Weights that jump, or that fade away; gradients that vanish on their way."""
+    """Weights that jump, fade away or are learned no more; gradients that vanish on their way."""
     step, now = snapshot.step, snapshot.scalars.get("weight_norm")
     past = [norm for _, norm in memory.weights]
     if now is not None and past and limits.weight_jump is not None:
@@ -173,6 +173,9 @@ def norm_rules(memory: Memory, snapshot: Snapshot, limits: AlarmLimits) -> Itera
         if max(falls) < 1 - limits.weight_fall:
             limit = (1 - limits.weight_fall) * past[-1]
             yield Alarm(step, "critical", "weight_norm", WHOLE, now, limit)
+    frozen = snapshot.scalars.get("frozen")
+    if frozen is not None and limits.frozen is not None and frozen > limits.frozen:
+        yield Alarm(step, "warning", "frozen", WHOLE, frozen, limits.frozen)
     share = snapshot.scalars.get("gradient_share")
     if share is not None and limits.gradient_share is not None:
         shares = (*memory.shares[-(SHORT - 1) :], share)

@@ -104,6 +104,12 @@ def step(state: State, snapshot: Snapshot, limits: Limits) -> tuple[State, Decis
         # since then is gone with it
         applied = [back]
         pending = [p for p in pending if p.number == back.number or survives(p, back.change.to)]
+        shield = ladder.cooler(back.alarm, state.history, limits.actions)
+        if shield is not None:
+            count += 1
+            applied.append(Applied(count, shield, back.alarm))
+            history = noted(history, snapshot.step, shield)
+            pending = [*pending, Pending(count, shield, snapshot.step)]
     since, stop = patience(state, snapshot, helpless, limits)
     copies = kept_copies(state.snapshots, snapshot, memory, applied, limits)
     # what is only said is not in force: nothing of it can be judged or taken back

@@ -162,6 +162,6 @@ FAMILIES = {
     ),
     "frozen layer": broken(
         "small", Fault("freeze", 0, 1), "the first block silently does not learn",
-        ("update_ratio", "gradient_norm"), curable=False,
+        ("frozen", "update_ratio", "gradient_norm"), curable=False,
     ),
 }  # fmt: skip

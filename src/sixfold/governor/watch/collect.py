@@ -31,6 +31,7 @@ UNITS = {
     "loss_finite": "1",
     "gradient_share": "1 (of the largest)",
     "gain": "1",
+    "frozen": "1 (of the numbers that were to be learned)",
     "stable_rank": "1",
     "times_us": "microseconds",
     "tokens_per_s": "tokens/s",
