@@ -18,16 +18,14 @@ from sixfold.attention import moments
 from sixfold.attention.masks import visibility_of
 from sixfold.attention.reach.hierarchical import Far
 from sixfold.attention.rotary import rotate, turn
+from sixfold.attention.together import Chosen, check
 from sixfold.contracts import (
     Cache,
     Emission,
-    Features,
     Heads,
-    Mixer,
     Observation,
     Probe,
     Rating,
-    Score,
     Statistics,
     Visibility,
 )
@@ -137,39 +135,24 @@ class MultiHeadAttention(nn.Module):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         factory = {"device": device, "dtype": dtype}
-        self.projection = build_part("projection", projection, heads, **factory)
-        self.score = build_part("score", score, heads, **factory)
-        self.reach = build_part("reach", reach, heads, **factory)
-        self.mixer = build_part("mixer", mixer, heads, **factory)
+        names = {"projection": projection, "score": score, "reach": reach, "mixer": mixer}
+        parts = {kind: build_part(kind, part, heads, **factory) for kind, part in names.items()}
+        check(
+            Chosen(**parts, names=names),
+            impl,
+            rope=rope_theta is not None,
+            softcap=softcap,
+            sinks=sinks,
+        )
+        self.projection, self.score = parts["projection"], parts["score"]
+        self.reach, self.mixer = parts["reach"], parts["mixer"]
         self.output = nn.Linear(heads.num_heads * heads.head_dim, d_model, bias=False, **factory)
-        choose.check(self.score.gives, impl)
-        if self.projection.schema != self.score.schema:
-            raise ValueError(
-                f"projection {projection!r} emits a {self.projection.schema}, "
-                f"score {score!r} rates a {self.score.schema}"
-            )
-        if rope_theta is not None and not self.score.rotation_invariant:
-            raise ValueError(
-                f"score {score!r} cannot be used with rope: rotating changes its value"
-            )
-        if self.reach.condenses:
-            check_condensing(
-                self.score,
-                self.mixer,
-                impl,
-                what=(score, mixer),
-                reshapes=softcap is not None or sinks,
-            )
         if rope_theta is not None and heads.head_dim % 2:
             raise ValueError(
                 f"rope turns pairs of features: head_dim must be even, got {heads.head_dim}"
             )
         if softcap is not None and not softcap > 0:
             raise ValueError(f"softcap must be positive, got {softcap}")
-        if self.mixer.mixes_logits and self.score.gives is not Features:
-            check_held(f"mixer {mixer!r}", score, impl)
-        if softcap is not None or sinks:
-            check_reshaping(self.score, score, impl, sinks_alone=softcap is None)
         self.softcap, self.sinks = softcap, None
         if sinks:
             self.sinks = nn.Parameter(torch.zeros(heads.num_heads, **factory))
@@ -390,43 +373,6 @@ class MultiHeadAttention(nn.Module):
     def materialize(self) -> dict[str, Tensor]:
         """Plain weights ``q`` (h, d, d_model), ``k`` and ``v`` (h_kv, d, d_model)."""
         return self.projection.materialize()
-
-
-def check_reshaping(score: Score, part: Part, impl: str, *, sinks_alone: bool) -> None:
-    """Raise ValueError for a cap or a sink that this score or implementation cannot have."""
-    what = "sinks" if sinks_alone else "softcap"
-    if score.gives is Features and not score.signed:
-        raise ValueError(
-            f"{what} cannot be used with score {part!r}: it is known only up to a term of the query"
-        )
-    if not (sinks_alone and score.gives is Features):
-        check_held(what, part, impl)
-
-
-def check_held(what: str, score: Part, impl: str) -> None:
-    """Raise ValueError for an implementation that never holds the logits that `what` needs."""
-    if impl not in ("auto", "reference"):
-        raise ValueError(
-            f"{what} of score {score!r} needs all logits at once, which impl {impl!r} never holds; "
-            "choose from: auto, reference"
-        )
-
-
-def check_condensing(
-    score: Score, mixer: Mixer, impl: str, what: tuple[Part, Part], *, reshapes: bool
-) -> None:
-    """Raise ValueError for what cannot be joined with a reach that condenses."""
-    if reshapes:
-        raise ValueError("softcap and sinks cannot be used with reach 'hierarchical'")
-    if mixer.mixes_logits:
-        raise ValueError(
-            f"mixer {what[1]!r} cannot be used with reach 'hierarchical': heads condense apart"
-        )
-    if score.gives is not Features and impl != "reference":
-        raise ValueError(
-            f"score {what[0]!r} is no inner product, which reach 'hierarchical' needs but with "
-            "impl='reference'"
-        )
 
 
 def check_sizes(

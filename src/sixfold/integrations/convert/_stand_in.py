@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from sixfold.attention.multihead import MultiHeadAttention, Part, build_part, check_held
+from sixfold.attention.multihead import MultiHeadAttention, Part, build_part
 from sixfold.attention.projection._belief import FLOOR, START
+from sixfold.attention.together import check_held
 from sixfold.contracts import Belief, Features, Heads, Rating
 from sixfold.ops.attend import choose
 
