@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 _HOME = {
     "DistanceBasedAttention": "sixfold.attention.named",
     "DistanceType": "sixfold.attention.named",
+    "EmergentHierarchicalAttention": "sixfold.attention.named",
     "GaugeAttention": "sixfold.attention.named",
     "HexCoordinate": "sixfold.geometry.hexgrid",
     "HexGrid": "sixfold.geometry.hexgrid",
@@ -19,6 +20,7 @@ _HOME = {
     "MultiHeadAttention": "sixfold.attention.multihead",
     "PhysicsSimulator": "sixfold.models.simulator",
     "SequenceClassifier": "sixfold.models.classifier",
+    "SoftConsensusDetector": "sixfold.attention.hierarchy",
     "SpectralHexagonalAttention": "sixfold.attention.named",
     "TelemetryVisualizer": "sixfold.report.figures",
     "VisionTransformer": "sixfold.models.vision",

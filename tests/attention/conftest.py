@@ -11,8 +11,13 @@ from sixfold.attention import multihead
 from sixfold.contracts import Heads
 
 KINDS = ("projection", "score", "reach", "mixer")
-OPTIONS = {"window": {"width": 5}}
-"""Options without which a part cannot be built."""
+OPTIONS = {
+    "window": {"width": 5},
+    "hierarchical": {"block": 4, "capacity": 2, "threshold": 0.1},
+}
+"""Options without which a part cannot be built, or has nothing to do with a few tokens."""
+APART = {("hierarchical", "hexagonal_logits")}
+"""Reaches and mixers that cannot be joined."""
 
 
 def rated(projection, score):
@@ -29,7 +34,8 @@ def combine():
     fit, refused = {}, {}
     for names in found:
         chosen = {k: {"name": n} | OPTIONS.get(n, {}) for k, n in zip(KINDS, names, strict=True)}
-        (fit if pairs(*names[:2]) else refused)["-".join(names)] = chosen
+        joined = pairs(*names[:2]) and names[2:] not in APART
+        (fit if joined else refused)["-".join(names)] = chosen
     return fit, refused
 
 
@@ -79,6 +85,12 @@ def pytest_generate_tests(metafunc):
     for kind, found in (("fitting", FITTING), ("refused", REFUSED)):
         if kind in metafunc.fixturenames:
             metafunc.parametrize(kind, found.values(), ids=found)
+
+
+@pytest.fixture
+def masked(combination):
+    """Whether the layer takes any mask; a reach that condenses sees a group as a whole."""
+    return COMBINATIONS[combination]["reach"]["name"] != "hierarchical"
 
 
 @pytest.fixture

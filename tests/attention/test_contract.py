@@ -33,8 +33,9 @@ def test_all_parts_that_fit_serve_together(fitting, make, tokens):
 
 
 def test_parts_that_do_not_fit_are_refused_by_name(refused, make):
-    projection, score = refused["projection"]["name"], refused["score"]["name"]
-    with pytest.raises(ValueError, match=rf"{projection}.*emits a .*{score}.*rates a"):
+    projection, score, reach, mixer = (part["name"] for part in refused.values())
+    said = rf"{projection}.*emits a .*{score}.*rates a|mixer .*{mixer}.*cannot be used .*{reach}"
+    with pytest.raises(ValueError, match=said):
         make(refused)
 
 
@@ -58,7 +59,9 @@ def test_every_parameter_gets_a_gradient(layer, tokens):
 
 
 @pytest.mark.parametrize("how", ["is_causal", "mask", "with_keys"])
-def test_the_future_does_not_leak(single, tokens, how):
+def test_the_future_does_not_leak(single, tokens, how, masked):
+    if how == "mask" and not masked:
+        pytest.skip("takes no mask of pairs")
     x, cut = tokens(2, 33, dtype=torch.float32), 20
     lower = torch.ones(33, 33, dtype=torch.bool).tril()
     real = torch.ones(2, 33, dtype=torch.bool)
@@ -75,8 +78,12 @@ def test_the_future_does_not_leak(single, tokens, how):
     assert not torch.equal(one[:, cut:], two[:, cut:])
 
 
-def test_a_causal_mask_is_is_causal(layer, tokens):
+def test_a_causal_mask_is_is_causal(layer, tokens, masked):
     x = tokens(2, 9)
+    if not masked:
+        with pytest.raises(ValueError, match="takes key_mask and is_causal, not attn_mask"):
+            layer(x, attn_mask=torch.ones(9, 9, dtype=torch.bool).tril())
+        return
     lower = torch.ones(9, 9, dtype=torch.bool).tril()
     flag = layer(x, is_causal=True)
     for mask in (lower, torch.zeros(9, 9).masked_fill(~lower, float("-inf"))):
@@ -150,7 +157,9 @@ def test_a_cache_can_be_cropped_and_reordered(layer, tokens):
 
 
 @pytest.mark.parametrize("kind", ["bool", "float"])
-def test_weights_are_a_distribution_over_what_is_visible(single, tokens, kind):
+def test_weights_are_a_distribution_over_what_is_visible(single, tokens, kind, masked):
+    if not masked:
+        pytest.skip("takes no mask of pairs")
     x = tokens(2, 9, dtype=torch.float32)
     seen = torch.rand(2, 9, 9, generator=torch.Generator().manual_seed(0)) < 0.5
     seen[:, 3] = False

@@ -26,7 +26,7 @@ LAYERS = {
     "jeffreys": {"score": "jeffreys", "projection": "gaussian_diagonal"},
     "wasserstein2": {"score": "wasserstein2", "projection": "gaussian_diagonal"},
     "grouped": {"num_kv_heads": 2},
-    "l1": {"score": "l1", "impl": "reference"},
+    "l1": {"score": "l1"},
 }  # fmt: skip
 every_layer = pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
 
@@ -129,6 +129,7 @@ def test_rows_that_see_nothing_are_zero(x):
     ("options", "message"),
     [
         ({"block": 0}, "block must be 1 or more, got 0"),
+        ({"block": 2.5}, "block must be 1 or more, got 2.5"),
         ({"capacity": 0}, "capacity must be 1 or more, got 0"),
         ({"threshold": -1.0}, "threshold must be 0 or more, got -1.0"),
         ({"scales": 0}, "scales must be 1 or more, or None; got 0"),
@@ -142,7 +143,7 @@ def test_rules_that_cannot_be_meant_are_refused(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"score": "l1"}, "score 'l1' is no inner product, which reach .*hierarchical.* needs"),
+        ({"score": "l1", "impl": "tiled"}, "reach .*hierarchical.* of score 'l1' needs all logits"),
         ({"softcap": 30.0}, "softcap and sinks cannot be used with reach .*hierarchical"),
         ({"sinks": True}, "softcap and sinks cannot be used with reach .*hierarchical"),
     ],
@@ -158,3 +159,61 @@ def test_a_mask_of_pairs_and_a_context_are_refused(x):
         loose(x, attn_mask=torch.ones(61, 61, dtype=torch.bool).tril())
     with pytest.raises(ValueError, match="reach 'hierarchical' orders the tokens"):
         loose(x, x)
+
+
+@every_layer
+@pytest.mark.parametrize("causal", [True, False])
+def test_what_padding_holds_does_not_matter(x, options, causal):
+    loose = layer(LOOSE, options).float()
+    real = torch.ones(2, 61, dtype=torch.bool)
+    real[:, 30:] = False
+    wild = x.float().clone()
+    wild[:, 30:] = 1e5
+    plain, other = (loose(t, is_causal=causal, key_mask=real)[:, :30] for t in (x.float(), wild))
+    torch.testing.assert_close(plain, other, rtol=0, atol=1e-6)
+
+
+def test_a_cache_may_be_cut_and_grown_in_any_way(x):
+    loose = layer({**LOOSE, "block": 2}, {})
+    random = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        cache, tokens = KeyValueCache(), torch.empty(2, 0, 32, dtype=torch.float64)
+        for _ in range(4):
+            n = int(torch.randint(1, 21, (), generator=random))
+            fresh = torch.randn(2, n, 32, dtype=torch.float64, generator=random)
+            tokens = torch.cat([tokens, fresh], 1)
+            with torch.no_grad():
+                out = loose(fresh, is_causal=True, cache=cache)
+                whole = loose(tokens, is_causal=True)
+            assert_same(out, whole[:, -n:])
+            kept = int(torch.randint(0, tokens.shape[1] + 1, (), generator=random))
+            cache.crop(kept)
+            tokens = tokens[:, :kept]
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if "kl" in name or "wass" in name])
+def test_beliefs_far_from_the_origin_keep_their_covariances(name):
+    torch.manual_seed(0)
+    x = (100 + 1e-3 * torch.randn(1, 40, 32)).requires_grad_()
+    loose = layer({**LOOSE, "threshold": 1e9}, LAYERS[name]).float()
+    out = loose(x, is_causal=True)
+    (grad,) = torch.autograd.grad(out.square().sum(), x)
+    assert out.isfinite().all()
+    assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(0, 9, 32), (2, 0, 32)])
+def test_nothing_in_is_nothing_out(shape):
+    assert layer(LOOSE, {})(torch.randn(shape, dtype=torch.float64), is_causal=True).shape == shape
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_reference_serves_half_precision(x, dtype):
+    loose = layer(LOOSE, {"impl": "reference"}).to(dtype)
+    assert loose(x.to(dtype), is_causal=True).dtype == dtype
+
+
+def test_a_cache_serves_what_is_not_causal_too(x):
+    loose, cache = layer(LOOSE, {}), KeyValueCache()
+    loose(x[:, :40], cache=cache)
+    assert_same(loose(x[:, 40:], cache=cache), loose(x)[:, 40:])

@@ -272,3 +272,15 @@ def test_drawn_places_differ_and_average_to_what_is_likely():
     second = places[:, 1].argmax(-1).double().mean()
     # a group begins with probability apart / (apart + threshold): a logistic variable's tail
     torch.testing.assert_close(second, torch.tensor(0.1 / 0.6).double(), rtol=0, atol=0.03)
+
+
+def test_soft_parts_that_underflow_keep_the_gradient_of_the_reference():
+    torch.manual_seed(0)
+    key = torch.randn(1, 1, 96, 8, requires_grad=True)
+    rules = Rules(16, 16, 1.0, temperature=0.5, noisy=True)
+    tokens = Tokens(key, key, torch.ones(1, 1, 96))
+    found = pyramid.build(tokens, distance, rules, 2, is_causal=True)
+    rating = Features(torch.randn(1, 1, 96, 8), key, 0.4)
+    logits = reference.logits(rating, same, found, rules, is_causal=True)
+    (grad,) = torch.autograd.grad(logits.clamp(min=-50).square().sum(), key)
+    assert grad.isfinite().all()

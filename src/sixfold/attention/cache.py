@@ -63,7 +63,9 @@ class KeyValueCache:
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot crop a cache of {self.length} tokens to {length}")
         self.length = length
-        self._filled = {name: length // span for name, span in self._span.items()}
+        self._filled = {
+            name: min(self._filled[name], length // span) for name, span in self._span.items()
+        }
 
     def reorder(self, rows: Tensor) -> None:
         """Select batch rows, as beam search does."""

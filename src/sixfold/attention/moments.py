@@ -18,6 +18,9 @@ from sixfold.geometry.gaussian import kl, kl_diagonal, whole
 from sixfold.geometry.lanes import gram, product
 from sixfold.ops.precision import exact, wide
 
+ROUNDED = 1e-14
+"""Part of a second moment that float64 may lose, and that a variance cannot be told below."""
+
 
 def width(schema: Schema, d: int) -> int:
     """Moments of one token.
@@ -29,11 +32,14 @@ def width(schema: Schema, d: int) -> int:
 
 
 def moments(key: Any, schema: Schema) -> Tensor:
-    """Moments of tokens in the frame they share, (b, h, n, w), at least float32."""
+    """Moments of tokens in the frame they share, (b, h, n, w): at least float32, beliefs float64.
+
+    A covariance comes back as a difference of second moments, in which narrow digits would cancel.
+    """
     if schema == "point":
         return wide(key)
     with exact(key.mean):
-        mean, factor = wide(key.mean), wide(key.factor)
+        mean, factor = key.mean.double(), key.factor.double()
         if schema == "diagonal belief":
             return torch.cat([mean, factor.square() + mean.square()], dim=-1)
         root = in_lanes(factor)
@@ -54,9 +60,13 @@ def described(moments: Tensor, schema: Schema, d: int, dtype: torch.dtype) -> An
         mean, second = moments[..., :d], moments[..., d:]
         empty = (second == 0).all(-1, keepdim=True)
         if schema == "diagonal belief":
-            deviation = (second - mean.square()).masked_fill(empty, 1.0).sqrt()
+            variance = torch.maximum(second - mean.square(), ROUNDED * second)
+            deviation = variance.masked_fill(empty, 1.0).sqrt()
             return Belief(mean.to(dtype), deviation.to(dtype))
-        covariance = whole(second, d) - mean[..., :, None] * mean[..., None, :]
+        both = whole(second, d)
+        covariance = both - mean[..., :, None] * mean[..., None, :]
+        lost = ROUNDED * both.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
+        covariance = covariance + torch.diag_embed(lost.expand_as(mean))
         eye = torch.eye(d, dtype=mean.dtype, device=mean.device)
         covariance = torch.where(empty[..., None], eye, covariance)
         return Belief(mean.to(dtype), torch.linalg.cholesky(covariance).to(dtype))

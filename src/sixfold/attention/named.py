@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import math
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from sixfold.attention.beliefs import Update, believe, divergence_score, listen, settle
+from sixfold.attention.beliefs import Update, believe, divergence_score, listen, settle, to_own
+from sixfold.attention.hierarchy import (
+    Group,
+    MetaTokens,
+    form,
+    gaussians,
+    groups,
+    meta_tokens,
+    of_beliefs,
+    tokens_of,
+)
 from sixfold.attention.masks import visibility_of
+from sixfold.attention.moments import moments
 from sixfold.attention.multihead import MultiHeadAttention, check_sizes
 from sixfold.attention.score.cosine import LARGEST
 from sixfold.contracts import Belief, Features, Visibility
 from sixfold.discover import unknown
 from sixfold.geometry.hexgrid import HexGrid
 from sixfold.ops.attend.reference import weights
-from sixfold.ops.precision import wide
+from sixfold.ops.precision import exact, wide
 
 
 class HexagonalMultiHeadAttention(MultiHeadAttention):
@@ -366,11 +378,15 @@ class GaugeAttention(MultiHeadAttention):
         """
         belief = believe(mean, covariance, phi, factor=factor, algebra=self.frames)
         rating, seen = self._listening(belief, attn_mask, key_mask, is_causal=is_causal)
-        found, spread = listen(belief, rating, seen, self.impl, covariances=covariances)
+        if self.reach.condenses:
+            found, spread = told(belief, self._heard(belief, rating, seen))
+            spread = spread if covariances else None
+        else:
+            found, spread = listen(belief, rating, seen, self.impl, covariances=covariances)
         return Update(
             found.reshape(mean.shape),
             None if spread is None else spread.reshape(*mean.shape, mean.shape[-1]),
-            weights(rating, seen) if need_weights else None,
+            weights(*self._explicit(belief, rating, seen)) if need_weights else None,
         )
 
     def settle(
@@ -391,7 +407,8 @@ class GaugeAttention(MultiHeadAttention):
         F_i(q) = strength KL(q || q_i) + sum over j of beta_ij KL(q || Omega_ij q_j),
         exactly and not by a gradient step. Precise
         neighbours count for more: L = strength P_i + sum_j beta_ij P_j is the new precision up to
-        the factor strength + 1, with every precision P moved to the frame of i.
+        the factor strength + 1, with every precision P moved to the frame of i. With reach
+        ``hierarchical`` all weights are held at once.
 
         Args:
             mean: (n, d) or (b, n, d) with one head, or (b, h, n, d); d is `head_dim`.
@@ -421,6 +438,7 @@ class GaugeAttention(MultiHeadAttention):
         wider = [None if part is None else wide(part) for part in (mean, covariance, phi, factor)]
         belief = believe(*wider[:3], factor=wider[3], algebra=self.frames)
         rating, seen = self._listening(belief, attn_mask, key_mask, is_causal=is_causal)
+        rating, seen = self._explicit(belief, rating, seen)
         found, spread = settle(
             belief, rating, seen, self.impl, strength=strength, center=self.score.center
         )
@@ -447,3 +465,122 @@ class GaugeAttention(MultiHeadAttention):
         seen = visibility_of(attn_mask, key_mask, (batch, heads, n, n), is_causal=is_causal)
         seen = self.reach(seen, n, n, belief.mean.device)
         return self.score(belief, self.score.keys(belief)), seen
+
+    def _heard(self, belief: Belief, rating: Features, seen: Visibility) -> Tensor:
+        """Moments (b, h, n, w) of the mixture that each hears, in the frame they share.
+
+        Attention whose values are moments gives moments, of groups as of tokens.
+        """
+        with exact(belief.mean):
+            given = moments(belief, "belief")
+            far = self._far(belief, given, 0, None)
+            rating = rating._replace(query=rating.query.to(given), key=rating.key.to(given))
+            return self.reach.attend(rating, far, seen, 0.0, self.impl, None)
+
+    def _explicit(
+        self, belief: Belief, rating: Features, seen: Visibility
+    ) -> tuple[Features, Visibility]:
+        """The same; where groups condense, all logits as a mask, beside keys that rate nothing."""
+        if not self.reach.condenses:
+            return rating, seen
+        far = self._far(belief, belief.mean, 0, None)
+        _, seen = self.reach.explicit(rating, far, seen)
+        return rating._replace(query=torch.zeros_like(rating.query)), seen
+
+
+def told(belief: Belief, heard: Tensor) -> tuple[Tensor, Tensor]:
+    """Means and covariances of moments that were heard, each in its token's own frame."""
+    mean, covariance = gaussians(heard, belief.mean.shape[-1])
+    mean, covariance = mean.to(belief.mean.dtype), covariance.to(belief.factor.dtype)
+    if belief.frame is not None:
+        covariance = belief.frame @ covariance @ belief.frame.mT
+    return to_own(belief, mean), covariance
+
+
+class Emergence(NamedTuple):
+    """Tokens after listening, the meta-tokens they form by scale, and which tokens these are."""
+
+    base_tokens: Update
+    meta_tokens: tuple[MetaTokens, ...]
+    hierarchy: tuple[Group, ...]
+
+
+class EmergentHierarchicalAttention(GaugeAttention):
+    """Attention of beliefs in which neighbours in consensus condense into meta-tokens.
+
+    A `GaugeAttention` of reach ``hierarchical``: groups are found in the frame that all share, so
+    that a change of frames changes none of them. `emerge` takes beliefs that are given.
+
+    Args:
+        d_model: width of inputs and outputs.
+        num_heads: heads, each with its own belief of a token and its own groups.
+        head_dim: width of a belief, d_model // num_heads unless given.
+        block: tokens of a block; its own and the one before are seen one by one.
+        capacity: meta-tokens of a cell, at most.
+        threshold: of consensus, KL both ways, nats.
+        scales: how many there are, None for all that fit.
+        temperature: of soft groups in training, None for hard ones.
+        learned: every head learns its threshold; needs a temperature.
+        options: any further argument of `GaugeAttention` but `reach`.
+
+    Raises:
+        ValueError: for rules that cannot be meant, and as `GaugeAttention`.
+
+    >>> import torch
+    >>> layer = EmergentHierarchicalAttention(1, kappa=1.0, block=4, threshold=0.5)
+    >>> mu = torch.tensor([[0.0], [0.1], [9.0], [9.1]])
+    >>> found = layer.emerge(mu, torch.ones(4, 1, 1))
+    >>> [(group.start, group.stop) for group in found.hierarchy]
+    [(0, 2), (2, 4)]
+    """
+
+    def __init__(  # noqa: PLR0913 - the sizes of a layer and the rules of a hierarchy
+        self,
+        d_model: int,
+        num_heads: int = 1,
+        head_dim: int | None = None,
+        *,
+        block: int = 64,
+        capacity: int = 16,
+        threshold: float = 0.01,
+        scales: int | None = None,
+        temperature: float | None = None,
+        learned: bool = False,
+        **options: Any,
+    ) -> None:
+        reach = {
+            "name": "hierarchical",
+            "block": block,
+            "capacity": capacity,
+            "threshold": threshold,
+            "scales": scales,
+            "temperature": temperature,
+            "learned": learned,
+        }
+        super().__init__(d_model, num_heads, head_dim, reach=reach, **options)
+
+    def emerge(
+        self,
+        mean: Tensor,
+        covariance: Tensor | None = None,
+        phi: Tensor | None = None,
+        *,
+        factor: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Emergence:
+        """What tokens believe after listening, and what they condense into then.
+
+        Arguments as in `update`. Meta-tokens are beliefs in the frame that all share. Groups are
+        hard, and gradients reach every constituent. If `is_causal`, a cell that is not full yet
+        has none.
+        """
+        belief = believe(mean, covariance, phi, factor=factor, algebra=self.frames)
+        rating, seen = self._listening(belief, None, key_mask, is_causal=is_causal)
+        heard, d = self._heard(belief, rating, seen), mean.shape[-1]
+        found, spread = told(belief, heard)
+        tokens, rules = tokens_of(heard, seen.mask), self.reach.decided
+        built = form(tokens, d, rules, is_causal=is_causal)
+        base = Update(found.reshape(mean.shape), spread.reshape(*mean.shape, d), None)
+        formed = meta_tokens(built, d, mean.dtype)
+        return Emergence(base, formed, groups(tokens, of_beliefs(d), rules, built))

@@ -66,8 +66,5 @@ def check_condensing(parts: Chosen, impl: str, *, reshapes: bool) -> None:
         raise ValueError(
             f"mixer {parts.names['mixer']!r} cannot be used with {reach}: heads condense apart"
         )
-    if parts.score.gives is not Features and impl != "reference":
-        raise ValueError(
-            f"score {parts.names['score']!r} is no inner product, which {reach} needs but with "
-            "impl='reference'"
-        )
+    if parts.score.gives is not Features:
+        check_held(reach, parts.names["score"], impl)

@@ -254,12 +254,12 @@ def worse_than_ever(now: Situation) -> Change | None:
 def cooler(
     returned: Alarm, history: tuple[tuple[int, str, HeadId], ...], actions: ActionLimits
 ) -> Change | None:
-    """A shield beside a return for a loss, where one return alone has not helped before.
+    """A shield beside a return for a loss, where one return alone has not helped just before.
 
     The batches that were left out were then not what is wrong: what is left is how far steps go.
     """
-    before = sum(name == "rollback" for _, name, _ in history)
-    if returned.signal != "loss" or not before:
+    before = [when for when, name, _ in history if name == "rollback"]
+    if returned.signal != "loss" or not before or returned.step - before[-1] > actions.within:
         return None
     return learning_rate_shield.build(returned, COOLER, actions)
 

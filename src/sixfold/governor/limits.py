@@ -26,8 +26,8 @@ class AlarmLimits:
         update_ratio: share of a layer's attention weights that one step moves: a learning rate that
             is too hot.
         whole_update: the same of all weights together, large embeddings and norms among them.
-        weight_growth: factor between two samples by which all weights together may grow before the
-            learning rate is too hot.
+        weight_growth: factor between two samples that the norms of three quarters of the matrices
+            may grow by before the learning rate is too hot.
         weight_jump: factor at which they count as lost.
         weight_fall: share that they may lose from one sample to the next, five times in a row.
         sigma_ratio: largest singular value of a head's W_V over the median of its layer.

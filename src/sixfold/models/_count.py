@@ -10,6 +10,7 @@ from sixfold.attention.mixer.spectral import SpectralMixer
 from sixfold.attention.multihead import MultiHeadAttention
 from sixfold.attention.projection.hypernetwork import HypernetworkProjection, Writer
 from sixfold.models._block import Block
+from sixfold.ops.condense import cells
 
 
 def parameters(model: nn.Module) -> int:
@@ -29,7 +30,8 @@ def flops(model: nn.Module, tokens: int) -> int:
     h d (2d + h), a spectral one h d (d + h), logits of s neighbours 2 n^2 h d s more; a
     hypernetwork adds what it writes for each token.
     Left out: norms, softmax, activations, rotary turns, and weights made once whatever n is (of
-    coordinates, of a graph). A mask saves nothing: n^2 counts every pair.
+    coordinates, of a graph), and condensing. A mask saves nothing: n^2 counts every pair; of a
+    hierarchical reach what it sees is counted (`seen`).
 
     Args:
         model: any model of this package.
@@ -53,7 +55,7 @@ def attention_flops(layer: MultiHeadAttention, tokens: int) -> int:
     per_token = heads.d_model * (projected + width)
     if isinstance(layer.projection, HypernetworkProjection):
         per_token += sum(map(written, layer.projection.children()))
-    mixer, pairs = layer.mixer, 4 * tokens**2 * width
+    mixer, pairs = layer.mixer, 4 * seen(layer, tokens) * width
     if isinstance(mixer, LogitMixer):
         if heads.num_kv_heads == 1:
             per_token += width * heads.num_heads
@@ -66,6 +68,25 @@ def attention_flops(layer: MultiHeadAttention, tokens: int) -> int:
     if isinstance(mixer, GraphMixer):
         per_token += width * (2 * heads.head_dim + heads.num_heads)
     return 2 * tokens * per_token + pairs
+
+
+def seen(layer: MultiHeadAttention, tokens: int) -> int:
+    """Pairs of a query and a key, or a meta-token, that a causal layer rates.
+
+    >>> seen(MultiHeadAttention(8, 2), 100)
+    10000
+    >>> reach = {"name": "hierarchical", "block": 4, "capacity": 2}
+    >>> seen(MultiHeadAttention(8, 2, reach=reach), 16)  # 2 * 4 near places, and 0, 0, 1, 2 cells
+    152
+    """
+    if not layer.reach.condenses:
+        return tokens**2
+    rules = layer.reach.given
+    blocks = -(-tokens // rules.block)
+    scales = cells.num_scales(0, blocks, rules.scales, is_causal=True)
+    far = sum(len(cells.far(number, blocks, scales, is_causal=True)) for number in range(blocks))
+    near = blocks * (cells.NEAR + 1) * rules.block
+    return rules.block * (near + rules.capacity * far)
 
 
 def written(writer: Writer) -> int:

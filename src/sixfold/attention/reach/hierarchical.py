@@ -7,10 +7,15 @@ A query sees O(log m) cells, so that n queries cost n log m instead of n m.
 
 A group of n tokens acts as n tokens with one logit: attention to its values is exact, only their
 logits are shared. With threshold 0 and room for every token this is full attention.
+
+With a temperature, groups are soft and drawn in training, so that gradients decide where they
+begin, and can learn the threshold. Weights and statistics are then those of the groups that are
+expected, without the draw, as they are without dropout. In `eval` groups are hard.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -38,16 +43,29 @@ class Hierarchical(nn.Module):
     ordered = "reach 'hierarchical'"
     condenses = True
 
-    def __init__(self, rules: Rules) -> None:
+    def __init__(self, given: Rules, learns: int = 0, **factory: Any) -> None:
         super().__init__()
-        for name in ("block", "capacity"):
-            if getattr(rules, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(rules, name)}")
-        if rules.scales is not None and rules.scales < 1:
-            raise ValueError(f"scales must be 1 or more, or None; got {rules.scales}")
-        if not rules.threshold >= 0:
-            raise ValueError(f"threshold must be 0 or more, got {rules.threshold}")
-        self.rules = rules
+        check(given, learns=learns > 0)
+        self.given = given
+        self.log_threshold = None
+        if learns:
+            start = torch.full((learns,), math.log(given.threshold), **factory)
+            self.log_threshold = nn.Parameter(start)
+
+    @property
+    def decided(self) -> Rules:
+        """The rules of hard groups, by the threshold as it stands."""
+        if self.log_threshold is None:
+            return self.given._replace(temperature=None)
+        threshold = self.log_threshold.exp()[:, None, None]
+        return self.given._replace(threshold=threshold, temperature=None)
+
+    @property
+    def rules(self) -> Rules:
+        """The rules now: in training groups are soft, and drawn, where there is a temperature."""
+        if not self.training or self.given.temperature is None:
+            return self.decided
+        return self.decided._replace(temperature=self.given.temperature, noisy=True)
 
     def forward(self, visibility: Visibility, n: int, m: int, device: torch.device) -> Visibility:  # noqa: ARG002
         """Every token is seen, if only as one of a group.
@@ -62,6 +80,7 @@ class Hierarchical(nn.Module):
             )
         return visibility
 
+    @torch.compiler.disable  # which cells a block sees is a table of Python's, made once a length
     def attend(
         self,
         rating: Rating,
@@ -71,76 +90,120 @@ class Hierarchical(nn.Module):
         impl: str,
         cache: Cache | None,
     ) -> Tensor:
-        """Attention of the last n of m tokens to all of them, (b, h, n, d_v)."""
-        if impl == "reference":
-            rating, visibility = self.explicit(rating, far, visibility)
+        """Attention of the last n of m tokens to all of them, (b, h, n, d_v).
+
+        Raises ValueError for a cache where groups are drawn.
+        """
+        rules = self.rules
+        if cache is not None and rules.noisy:
+            raise ValueError(
+                "reach 'hierarchical' with a temperature draws its groups in training, "
+                "which a cache cannot keep: call eval(), or give no cache"
+            )
+        if impl == "reference" or not isinstance(rating, Features):
+            rating, visibility = self.explicit(rating, far, visibility, rules)
             return attend(rating, far.tokens.value, visibility, dropout)
         n = rating.query.shape[-2]
         far = far._replace(tokens=alive(far.tokens, visibility.mask))
-        pyramid = self.pyramid(far, n, cache, is_causal=visibility.is_causal)
-        given = (rating, far.keys, far.tokens, pyramid, self.rules)
-        out = fused.attend(*given, is_causal=visibility.is_causal, dropout=dropout)
-        if visibility.mask is None:
-            return out
-        blind = visible(visibility, n, far.tokens.size.shape[-1], out.device)
-        return out.masked_fill(~blind.any(-1, keepdim=True), 0.0)
+        pyramid = self.pyramid(far, rules, n, cache, is_causal=visibility.is_causal)
+        given = (rating, far.keys, far.tokens, pyramid, rules)
+        return fused.attend(*given, is_causal=visibility.is_causal, dropout=dropout)
 
     def explicit(
-        self, rating: Rating, far: Far, visibility: Visibility
+        self, rating: Rating, far: Far, visibility: Visibility, rules: Rules | None = None
     ) -> tuple[Features, Visibility]:
-        """The logit of every token, that of its group where it is far, as a mask (b, h, n, m)."""
+        """The logit of every token, that of its group where it is far, as a mask (b, h, n, m).
+
+        rules: those of now without the draw unless given.
+        """
+        rules = self.rules._replace(noisy=False) if rules is None else rules
         n, m = rating.query.shape[-2], rating.key.shape[-2]
         far = far._replace(tokens=alive(far.tokens, visibility.mask))
-        pyramid = self.pyramid(far, n, None, is_causal=visibility.is_causal)
-        given = (rating, far.keys, pyramid, self.rules)
+        pyramid = self.pyramid(far, rules, n, None, is_causal=visibility.is_causal)
+        given = (rating, far.keys, pyramid, rules)
         found = reference.logits(*given, is_causal=visibility.is_causal)
         mask = masked(found, visible(visibility, n, m, found.device))
         empty = found.new_zeros(found.shape[0], found.shape[1], 1, 1)
         nothing = Features(empty.expand(-1, -1, n, -1), empty.expand(-1, -1, m, -1), 1.0)
         return nothing, Visibility(mask, is_causal=False)
 
-    def pyramid(self, far: Far, n: int, cache: Cache | None, *, is_causal: bool) -> Pyramid:
+    def pyramid(
+        self, far: Far, rules: Rules, n: int, cache: Cache | None, *, is_causal: bool
+    ) -> Pyramid:
         """The meta-tokens that the last n tokens see; a cache keeps the cells that are finished."""
-        tokens, block = far.tokens, self.rules.block
+        tokens, block = far.tokens, rules.block
         m = tokens.size.shape[-1]
         seen = ((m - n) // block, -(-m // block))
-        scales = cells.num_scales(*seen, self.rules.scales, is_causal=is_causal)
-        if cache is None:
-            given = (tokens, far.divergence, self.rules, scales)
+        scales = cells.num_scales(*seen, rules.scales, is_causal=is_causal)
+        if cache is None or not is_causal:  # what is not causal changes with every token to come
+            given = (tokens, far.divergence, rules, scales)
             return condense_all(*given, is_causal=is_causal)
         levels, below, width = [], tokens, block
         for scale in range(scales):
             name, count = f"cells {scale}", cells.num_cells(m, block, scale, is_causal=True)
             fresh = below.cells(width, count).after(cache.filled(name))
-            packed = condensed(fresh, far.divergence, self.rules)[0].packed()
+            packed = condensed(fresh, far.divergence, rules)[0].packed()
             kept = cache.append(name, packed, span=block << scale)
-            levels.append(Tokens.unpacked(kept, self.rules.capacity, tokens))
-            below, width = levels[-1].joined(), 2 * self.rules.capacity
+            levels.append(Tokens.unpacked(kept, rules.capacity, tokens))
+            below, width = levels[-1].joined(), 2 * rules.capacity
         return Pyramid(tuple(levels))
 
     def extra_repr(self) -> str:
         """Shown in the module's printout."""
-        return ", ".join(f"{name}={value}" for name, value in self.rules._asdict().items())
+        shown = [f"{name}={getattr(self.given, name)}" for name in self.given._fields[:-1]]
+        return ", ".join([*shown, f"learned={self.log_threshold is not None}"])
+
+
+def check(rules: Rules, *, learns: bool) -> None:
+    """Raise ValueError for rules that cannot be meant."""
+    for name in ("block", "capacity"):
+        if not (isinstance(getattr(rules, name), int) and getattr(rules, name) >= 1):
+            raise ValueError(f"{name} must be 1 or more, got {getattr(rules, name)}")
+    if rules.scales is not None and not (isinstance(rules.scales, int) and rules.scales >= 1):
+        raise ValueError(f"scales must be 1 or more, or None; got {rules.scales}")
+    if not rules.threshold >= 0:
+        raise ValueError(f"threshold must be 0 or more, got {rules.threshold}")
+    if rules.temperature is None:
+        if learns:
+            raise ValueError("learned needs a temperature: hard groups give it no gradient")
+        return
+    for name in ("temperature", "threshold"):
+        value = getattr(rules, name)
+        if not 0 < value < math.inf:
+            raise ValueError(f"soft groups need a {name} positive and finite, got {value}")
 
 
 def alive(tokens: Tokens, mask: Tensor | None) -> Tokens:
-    """Tokens without those that a mask of keys (b, 1, 1, m) hides."""
-    return tokens if mask is None else tokens._replace(size=tokens.size * mask[:, :, 0])
+    """Tokens without those that a mask of keys (b, 1, 1, m) hides, and without what they hold."""
+    if mask is None:
+        return tokens
+    hidden = ~mask[:, :, 0]
+    moments, value = (
+        part.masked_fill(hidden[..., None], 0.0) for part in (tokens.moments, tokens.value)
+    )
+    return Tokens(moments, value, tokens.size.masked_fill(hidden, 0.0))
 
 
 def build(
-    heads: Heads,  # noqa: ARG001
+    heads: Heads,
     *,
     block: int = 64,
     capacity: int = 16,
     threshold: float = 0.01,
     scales: int | None = None,
-    **factory: Any,  # noqa: ARG001
+    temperature: float | None = None,
+    learned: bool = False,
+    **factory: Any,
 ) -> Hierarchical:
     """The reach of `heads`.
 
     Options: ``block``, tokens of a block, of which a query sees its own and the one before (and
     after, where nothing is causal) token by token; ``capacity``, meta-tokens of a cell at most;
-    ``threshold`` of consensus, nats; ``scales``, how many there are, None for all that fit.
+    ``threshold`` of consensus, nats; ``scales``, how many there are, None for all that fit;
+    ``temperature`` of soft groups in training, None for hard ones; ``learned``, a threshold that
+    every key head learns, by its logarithm.
+
+    Raises ValueError for values that cannot be meant, and for ``learned`` without a temperature.
     """
-    return Hierarchical(Rules(block, capacity, threshold, scales))
+    rules = Rules(block, capacity, threshold, scales, temperature)
+    return Hierarchical(rules, heads.num_kv_heads if learned else 0, **factory)

@@ -12,8 +12,8 @@ from sixfold.ops.condense import cells
 from sixfold.ops.condense.groups import Tokens
 from sixfold.ops.condense.pyramid import Keys, Pyramid, Rules
 
-EMPTY = -1e4
-"""Logit of a place that nothing is in: its weight rounds to zero beside any divergence in use."""
+EMPTY = {torch.float16: -1e4}
+"""Logit of a place that nothing is in, far below what a dtype's logits can be: -1e30 elsewhere."""
 
 
 def in_blocks(tokens: Tensor, block: int, front: int = 0) -> Tensor:
@@ -22,13 +22,19 @@ def in_blocks(tokens: Tensor, block: int, front: int = 0) -> Tensor:
     return pad(tokens, (0, 0, front, behind)).unflatten(-2, (-1, block))
 
 
-def with_sizes(key: Tensor, size: Tensor) -> Tensor:
-    """Keys (..., w) and columns with the logarithm of their size (...)."""
-    there = size > 0
-    own = torch.where(there, torch.where(there, size, 1.0).log(), EMPTY)[..., None]
+def filled(key: Tensor, value: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys (..., w) with the logarithm of their size (...), and values; zeros in empty places.
+
+    What an empty place held, padding say, must not come near a product. A query that sees empty
+    places alone reads zeros.
+    """
+    empty = (size == 0)[..., None]
+    key, value = key.masked_fill(empty, 0.0), value.masked_fill(empty, 0.0)
+    own = size[..., None].masked_fill(empty, 1.0).log()
+    own = own.masked_fill(empty, EMPTY.get(key.dtype, -1e30))
     rounded = own.to(key.dtype)
     rest = [(own - rounded.to(own.dtype)).to(key.dtype)] * (columns(key.dtype) - 1)
-    return torch.cat([key, rounded, *rest], dim=-1)
+    return torch.cat([key, rounded, *rest], dim=-1), value
 
 
 def beside(places: Tensor, first: int, *, is_causal: bool) -> Tensor:
@@ -70,13 +76,13 @@ def attend(
     ones = query.new_full((1,), 1 / scale).expand(*query.shape[:-1], columns(query.dtype))
     query = in_blocks(torch.cat([query, ones], -1), block, front=(m - n) % block)
     size = in_blocks(tokens.size[..., None], block)[..., 0]
-    key = beside(with_sizes(in_blocks(key, block), size), first, is_causal=is_causal)
-    value = beside(in_blocks(tokens.value, block), first, is_causal=is_causal)
+    near = filled(in_blocks(key, block), in_blocks(tokens.value, block), size)
+    key, value = (beside(part, first, is_causal=is_causal) for part in near)
     mask = seen(first, num_blocks, block, is_causal=is_causal)
     table = cells.table(first, num_blocks, pyramid.counts, is_causal=is_causal)
     if table.numel():
         flat = [level.joined() for level in pyramid.levels]
-        levels = [(with_sizes(keys(t.moments), t.size), t.value) for t in flat]
+        levels = [filled(keys(t.moments), t.value, t.size) for t in flat]
         far = [picked(parts, table, rules.capacity) for parts in zip(*levels, strict=True)]
         key, value = torch.cat([key, far[0]], -2), torch.cat([value, far[1]], -2)
         there = (table >= 0).repeat_interleave(rules.capacity, 1)
@@ -97,7 +103,7 @@ def joined(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, dropout: float
 ) -> Tensor:
     """One softmax for every block of queries: (b, h, blocks, places, w) to (b, h, n, d_v)."""
-    batch = query.shape[0]
+    batch, _, count = query.shape[:3]
     parts = (part.transpose(1, 2).flatten(0, 1) for part in (query, key, value))
     query, key, value = equal_widths(*parts)
     mask = mask[:, None].repeat(batch, 1, 1, 1)
@@ -110,4 +116,4 @@ def joined(
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    return out.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)
+    return out.unflatten(0, (batch, count)).transpose(1, 2).flatten(2, 3)

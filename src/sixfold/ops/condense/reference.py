@@ -39,7 +39,9 @@ def logits(
         rated = reference.logits(rating._replace(key=kept), everything)
         rated = rated.unflatten(-1, (-1, rules.capacity)).transpose(2, 3)[..., None, :]
         share = torch.where(share.any(-1, keepdim=True), share, 1.0)  # behind the last token
-        part = share.repeat_interleave(groups, 1).log()[:, :, :, None]
+        none = share <= 0  # no logarithm is taken there, whose slope would be no number
+        part = torch.where(none, 1.0, share).log().masked_fill(none, -torch.inf)
+        part = part.repeat_interleave(groups, 1)[:, :, :, None]
         far = (rated + part).logsumexp(-1).transpose(2, 3).flatten(3)[..., :m]
         far = pad(far, (0, m - far.shape[-1]))
         seen = torch.zeros(num_blocks, num_blocks, dtype=torch.bool, device=found.device)
@@ -47,5 +49,5 @@ def logits(
             for cell in cells.far(number, num_blocks, len(pyramid.levels), is_causal=is_causal):
                 if cell.scale == scale:
                     seen[number, cell.blocks.start : cell.blocks.stop] = True
-        found = torch.where(seen[block[m - n :]][:, block], far, found)
+        found = torch.where(seen[block[m - n :]][:, block], far.to(found.dtype), found)
     return found

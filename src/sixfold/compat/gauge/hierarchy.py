@@ -1,0 +1,197 @@
+"""Hierarchical attention by the names of the second document.
+
+A cluster is a list of agents, neighbours in the sequence. Consensus is KL both ways below the
+threshold between neighbours, in the frame that all share.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sixfold.attention import hierarchy
+from sixfold.attention.beliefs import believe, divergence_score
+from sixfold.attention.multihead import Part, check_sizes
+from sixfold.attention.named import EmergentHierarchicalAttention as Attention
+from sixfold.compat.gauge.agents import Agent, stack, tokens_as_agents
+from sixfold.models._block import Block
+
+__all__ = [
+    "EmergentHierarchicalAttention",
+    "HierarchicalConfig",
+    "HierarchicalTransformerBlock",
+    "MetaAgent",
+    "SoftConsensusDetector",
+    "build_hierarchy_graph",
+    "condense",
+    "detect_consensus",
+    "detect_consensus_groups",
+]
+
+
+class MetaAgent(NamedTuple):
+    """What a cluster became: a belief in the frame that all share."""
+
+    mu_q: Tensor
+    Sigma_q: Tensor
+    constituents: tuple[Agent, ...]
+    scale: int = 1
+
+
+class HierarchicalConfig(NamedTuple):
+    """When tokens condense: in every how many layers, and below which divergence."""
+
+    consensus_check_interval: int = 1
+    consensus_kl_threshold: float = 0.01
+
+
+def detect_consensus_groups(
+    agents: Sequence[Agent], kl_threshold: float = 0.01
+) -> list[list[Agent]]:
+    """The longest runs of two or more agents whose neighbours agree.
+
+    >>> mu = torch.tensor([[0.0], [5.0], [5.1], [5.2]])
+    >>> agents = tokens_as_agents(mu, torch.ones(4, 1, 1), torch.zeros(4, 0))
+    >>> [[agent.pos for agent in cluster] for cluster in detect_consensus_groups(agents, 0.1)]
+    [[1, 2, 3]]
+    """
+    ordered = sorted(agents, key=lambda agent: agent.pos)
+    found = hierarchy.consensus(believe(*stack(ordered)), kl_threshold)
+    runs = [ordered[group.start : group.stop] for group in found]
+    return [run for run in runs if len(run) > 1]
+
+
+def detect_consensus(
+    mu: Tensor,
+    Sigma: Tensor,  # noqa: N803
+    threshold: float = 0.01,
+    phi: Tensor | None = None,
+) -> list[list[Agent]]:
+    """The same of tokens (n, d), (n, d, d), which share one frame where there is no phi."""
+    return detect_consensus_groups(tokens_as_agents(mu, Sigma, frames(mu, phi)), threshold)
+
+
+def condense(agents: Sequence[Agent]) -> MetaAgent:
+    """A cluster as one belief, with the mean and the covariance of the mixture of its agents."""
+    found = hierarchy.mixture(believe(*stack(agents)))
+    return MetaAgent(found.mean[0, 0, 0], found.covariance[0, 0, 0], tuple(agents))
+
+
+def build_hierarchy_graph(clusters: Sequence[Sequence[Agent]]) -> dict[str, Any]:
+    """Which agent is part of which cluster: ``nodes``, positions; ``edges`` (2, e), both numbers.
+
+    >>> agents = tokens_as_agents(torch.zeros(3, 1), torch.ones(3, 1, 1), torch.zeros(3, 0))
+    >>> build_hierarchy_graph([agents[:2], agents[2:]])["edges"]
+    tensor([[0, 1, 2],
+            [0, 0, 1]])
+    """
+    pairs = [(agent.pos, number) for number, run in enumerate(clusters) for agent in run]
+    edges = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).T
+    return {"nodes": [agent.pos for run in clusters for agent in run], "edges": edges}
+
+
+def frames(mu: Tensor, phi: Tensor | None) -> Tensor:
+    """Coordinates of frames in so(d), zero unless given."""
+    d = mu.shape[-1]
+    return mu.new_zeros(*mu.shape[:-1], d * (d - 1) // 2) if phi is None else phi
+
+
+class EmergentHierarchicalAttention(Attention):
+    """The public class, called with beliefs.
+
+    >>> layer = EmergentHierarchicalAttention(2, block=2, threshold=0.5)
+    >>> found = layer(torch.zeros(4, 2), torch.eye(2).expand(4, 2, 2), torch.zeros(4, 1))
+    >>> sorted(found), found["base_tokens"].shape
+    (['base_tokens', 'hierarchy', 'meta_tokens'], torch.Size([4, 2]))
+    """
+
+    def __init__(self, d_model: int, *, enable_emergence: bool = True, **options: Any) -> None:
+        super().__init__(d_model, **options)
+        self.enable_emergence = enable_emergence
+
+    def forward(
+        self,
+        mu: Tensor,
+        Sigma: Tensor,  # noqa: N803
+        phi: Tensor | None = None,
+        **masks: Any,
+    ) -> dict[str, Any]:
+        """``base_tokens``, and unless it is disabled ``meta_tokens`` by scale and ``hierarchy``."""
+        if not self.enable_emergence:
+            return {"base_tokens": self.update(mu, Sigma, phi, **masks).mean}
+        found = self.emerge(mu, Sigma, phi, **masks)
+        graph = {"nodes": found.hierarchy, "edges": hierarchy.edges(found.hierarchy)}
+        return {
+            "base_tokens": found.base_tokens.mean,
+            "meta_tokens": found.meta_tokens,
+            "hierarchy": graph,
+        }
+
+
+class SoftConsensusDetector(hierarchy.SoftConsensusDetector):
+    """The public class, which returns (meta_mu, cluster_probs).
+
+    >>> detector = SoftConsensusDetector(capacity=3)
+    >>> meta_mu, cluster_probs = detector(torch.randn(8, 2), torch.eye(2).expand(8, 2, 2))
+    >>> meta_mu.shape, cluster_probs.shape
+    (torch.Size([3, 2]), torch.Size([8, 3]))
+    """
+
+    def forward(
+        self,
+        mu: Tensor,
+        Sigma: Tensor,  # noqa: N803
+        phi: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Means of the groups (capacity, d), and whose every token is (n, capacity)."""
+        found = super().forward(mu, Sigma, phi)
+        return found.mean, found.assignment
+
+
+class HierarchicalTransformerBlock(Block):
+    """A residual block of gauge attention, in which tokens condense in every n-th layer.
+
+    Args:
+        d_model: width.
+        num_heads: heads.
+        config: when tokens condense; n is its `consensus_check_interval`.
+        layer: which of a stack this is, from 0.
+        block: tokens of a block of the hierarchy.
+        options: any further argument of `sixfold.models._block.Block`.
+
+    >>> config = HierarchicalConfig(consensus_check_interval=2)
+    >>> stack = [HierarchicalTransformerBlock(8, 2, config, layer=i) for i in range(4)]
+    >>> [block.attention.reach.condenses for block in stack]
+    [True, False, True, False]
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int = 1,
+        config: HierarchicalConfig = HierarchicalConfig(),  # noqa: B008 - it cannot be changed
+        *,
+        layer: int = 0,
+        block: int = 64,
+        **options: Any,
+    ) -> None:
+        if config.consensus_check_interval < 1:
+            raise ValueError(
+                f"consensus_check_interval must be 1 or more, got {config.consensus_check_interval}"
+            )
+        width = check_sizes(d_model, num_heads, None, None).head_dim
+        reach: Part = "full"
+        if layer % config.consensus_check_interval == 0:
+            threshold = config.consensus_kl_threshold
+            reach = {"name": "hierarchical", "block": block, "threshold": threshold}
+        gauge = {
+            "num_heads": num_heads,
+            "projection": {"name": "gaussian", "tied": True, "frames": "so"},
+            "score": divergence_score(math.sqrt(width), learned=False),
+            "reach": reach,
+        }
+        super().__init__(d_model, gauge, **options)
