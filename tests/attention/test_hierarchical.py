@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
 
 import pytest
@@ -217,3 +218,16 @@ def test_a_cache_serves_what_is_not_causal_too(x):
     loose, cache = layer(LOOSE, {}), KeyValueCache()
     loose(x[:, :40], cache=cache)
     assert_same(loose(x[:, 40:], cache=cache), loose(x)[:, 40:])
+
+
+@pytest.mark.parametrize("options", [{}, {"score": "l2_squared", "num_kv_heads": 2}])
+def test_it_compiles_as_one_graph_for_every_length(x, options):
+    torch.compiler.reset()
+    plain = layer(LOOSE, options)
+    compiled = torch.compile(copy.deepcopy(plain), backend="aot_eager", fullgraph=True)
+    for length in (61, 40):
+        given = x[:, :length].requires_grad_()
+        found, expected = (one(given, is_causal=True) for one in (compiled, plain))
+        assert_same(found, expected)
+        one, two = (torch.autograd.grad(out.square().sum(), given)[0] for out in (found, expected))
+        assert_same(one, two)

@@ -46,7 +46,7 @@ class Sequence:
     @property
     def pyramid(self) -> pyramid.Pyramid:
         m, block = self.key.shape[-2], self.rules.block
-        scales = cells.num_scales(0, -(-m // block), self.rules.scales, is_causal=self.causal)
+        scales = cells.num_scales(-(-m // block), self.rules.scales)
         return pyramid.build(self.tokens, distance, self.rules, scales, is_causal=self.causal)
 
     def fused(self) -> torch.Tensor:
@@ -85,6 +85,16 @@ def test_cells_tile_the_far_field(num_blocks, scales, causal):
         assert sorted([*spanned, *near]) == list(everything)
         by_scale = [sum(cell.scale == s for cell in found) for s in range(scales - 1)]
         assert max(by_scale, default=0) <= (2 if causal else 4)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("scales", [1, 2, None])
+def test_the_number_of_scales_is_that_of_the_farthest_cell_seen(scales, causal):
+    for num_blocks in range(1, 70):
+        most = 9 if scales is None else scales
+        seen = [cells.far(block, num_blocks, most, is_causal=causal) for block in range(num_blocks)]
+        coarsest = max((cell.scale for found in seen for cell in found), default=-1)
+        assert cells.num_scales(num_blocks, scales) == coarsest + 1
 
 
 @pytest.mark.parametrize("causal", [True, False])

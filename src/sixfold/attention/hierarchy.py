@@ -104,7 +104,7 @@ def hierarchy(
     far = layer._far(emitted.key, emitted.value, 0, None)
     tokens, rules = alive(far.tokens, seen.mask), layer.reach.decided
     given = far._replace(tokens=tokens)
-    built = layer.reach.pyramid(given, rules, x.shape[1], None, is_causal=is_causal)
+    built = layer.reach.pyramid(given, rules, None, is_causal=is_causal)
     return groups(tokens, far.divergence, rules, built)
 
 

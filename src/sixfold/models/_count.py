@@ -83,7 +83,7 @@ def seen(layer: MultiHeadAttention, tokens: int) -> int:
         return tokens**2
     rules = layer.reach.given
     blocks = -(-tokens // rules.block)
-    scales = cells.num_scales(0, blocks, rules.scales, is_causal=True)
+    scales = cells.num_scales(blocks, rules.scales)
     far = sum(len(cells.far(number, blocks, scales, is_causal=True)) for number in range(blocks))
     near = blocks * (cells.NEAR + 1) * rules.block
     return rules.block * (near + rules.capacity * far)

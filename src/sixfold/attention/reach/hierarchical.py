@@ -80,7 +80,6 @@ class Hierarchical(nn.Module):
             )
         return visibility
 
-    @torch.compiler.disable  # which cells a block sees is a table of Python's, made once a length
     def attend(
         self,
         rating: Rating,
@@ -103,9 +102,8 @@ class Hierarchical(nn.Module):
         if impl == "reference" or not isinstance(rating, Features):
             rating, visibility = self.explicit(rating, far, visibility, rules)
             return attend(rating, far.tokens.value, visibility, dropout)
-        n = rating.query.shape[-2]
         far = far._replace(tokens=alive(far.tokens, visibility.mask))
-        pyramid = self.pyramid(far, rules, n, cache, is_causal=visibility.is_causal)
+        pyramid = self.pyramid(far, rules, cache, is_causal=visibility.is_causal)
         given = (rating, far.keys, far.tokens, pyramid, rules)
         return fused.attend(*given, is_causal=visibility.is_causal, dropout=dropout)
 
@@ -117,9 +115,9 @@ class Hierarchical(nn.Module):
         rules: those of now without the draw unless given.
         """
         rules = self.rules._replace(noisy=False) if rules is None else rules
-        n, m = rating.query.shape[-2], rating.key.shape[-2]
+        n, m = map(cells.fixed, (rating.query.shape[-2], rating.key.shape[-2]))
         far = far._replace(tokens=alive(far.tokens, visibility.mask))
-        pyramid = self.pyramid(far, rules, n, None, is_causal=visibility.is_causal)
+        pyramid = self.pyramid(far, rules, None, is_causal=visibility.is_causal)
         given = (rating, far.keys, pyramid, rules)
         found = reference.logits(*given, is_causal=visibility.is_causal)
         mask = masked(found, visible(visibility, n, m, found.device))
@@ -127,14 +125,11 @@ class Hierarchical(nn.Module):
         nothing = Features(empty.expand(-1, -1, n, -1), empty.expand(-1, -1, m, -1), 1.0)
         return nothing, Visibility(mask, is_causal=False)
 
-    def pyramid(
-        self, far: Far, rules: Rules, n: int, cache: Cache | None, *, is_causal: bool
-    ) -> Pyramid:
-        """The meta-tokens that the last n tokens see; a cache keeps the cells that are finished."""
+    def pyramid(self, far: Far, rules: Rules, cache: Cache | None, *, is_causal: bool) -> Pyramid:
+        """The meta-tokens of all tokens; a cache keeps the cells that are finished."""
         tokens, block = far.tokens, rules.block
-        m = tokens.size.shape[-1]
-        seen = ((m - n) // block, -(-m // block))
-        scales = cells.num_scales(*seen, rules.scales, is_causal=is_causal)
+        m = cells.fixed(tokens.size.shape[-1])
+        scales = cells.num_scales(-(-m // block), rules.scales)
         if cache is None or not is_causal:  # what is not causal changes with every token to come
             given = (tokens, far.divergence, rules, scales)
             return condense_all(*given, is_causal=is_causal)

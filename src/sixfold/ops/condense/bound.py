@@ -38,11 +38,10 @@ def logit_error(
     query, key, scale = rating
     n, m = query.shape[-2], key.shape[-2]
     num_blocks, first = -(-m // rules.block), (m - n) // rules.block
-    table = cells.table(first, num_blocks, pyramid.counts, is_causal=is_causal)
+    table = cells.table(key, first, num_blocks, pyramid.counts, is_causal)
     if not table.numel():
         return query.new_zeros(query.shape[:-1])
     largest = torch.cat([r.amax(-1) for r in radii(key, keys, pyramid)], dim=-1)
-    table = table.to(key.device)
     seen = largest[..., table.clamp(min=0)].masked_fill(table < 0, 0.0).amax(-1)
     block = torch.arange(m - n, m, device=key.device) // rules.block - first
     radius = seen[..., block].repeat_interleave(query.shape[1] // key.shape[1], 1)

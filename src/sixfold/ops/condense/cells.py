@@ -8,9 +8,10 @@ Source: Greengard and Rokhlin, J. Comput. Phys. 73 (1987), section 2.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,24 +78,60 @@ def num_cells(num_tokens: int, block: int, scale: int, *, is_causal: bool) -> in
     return num_tokens // span if is_causal else -(-num_tokens // span)
 
 
-@lru_cache(maxsize=256)
-def num_scales(first: int, num_blocks: int, scales: int | None, *, is_causal: bool) -> int:
-    """Scales that the blocks from `first` on see, at most `scales`."""
-    most = num_blocks.bit_length() if scales is None else scales
-    seen = (far(block, num_blocks, most, is_causal=is_causal) for block in range(first, num_blocks))
-    return max((cell.scale for cells in seen for cell in cells), default=-1) + 1
+def fixed(length: int) -> int:
+    """`length` as a plain number: which cells a block sees is compiled anew for every length."""
+    return len(range(length))
 
 
-@lru_cache(maxsize=256)
-def table(first: int, num_blocks: int, counts: tuple[int, ...], *, is_causal: bool) -> Tensor:
-    """For blocks from `first` on, the cells they see, (blocks, slots); -1 where there is none.
+def num_scales(num_blocks: int, scales: int | None) -> int:
+    """Scales that the blocks of a sequence see, at most `scales`.
 
-    Cells of all scales are numbered through, finer scales first; counts: how many each scale has.
+    One cell at least of every finer scale lies between a block's near field and one of scale s.
+
+    >>> [num_scales(blocks, None) for blocks in (2, 3, 4, 5, 8, 9)]
+    [0, 1, 1, 2, 2, 3]
     """
+    found = 0
+    while num_blocks - NEAR >= 2 << found and found != scales:
+        found += 1
+    return found
+
+
+@lru_cache(maxsize=256)
+def rows(
+    first: int, num_blocks: int, counts: tuple[int, ...], *, is_causal: bool
+) -> list[list[int]]:
+    """What `table` holds."""
     offsets, scales = [0, *accumulate(counts)], len(counts)
     seen = (
         far(block, num_blocks, scales, is_causal=is_causal) for block in range(first, num_blocks)
     )
-    rows = [[offsets[cell.scale] + cell.number for cell in cells] for cells in seen]
-    slots = max(map(len, rows), default=0)
-    return torch.tensor([row + [-1] * (slots - len(row)) for row in rows], device="cpu")
+    found = [[offsets[cell.scale] + cell.number for cell in cells] for cells in seen]
+    slots = max(map(len, found), default=0)
+    return [row + [-1] * (slots - len(row)) for row in found]
+
+
+@torch.library.custom_op("sixfold::cells_seen", mutates_args=())
+def table(
+    like: Tensor,
+    first: int,
+    num_blocks: int,
+    counts: Sequence[int],
+    is_causal: bool,  # noqa: FBT001 - an operator takes plain values
+) -> Tensor:
+    """For blocks from `first` on, the cells they see, (blocks, slots); -1 where there is none.
+
+    Cells of all scales are numbered through, finer scales first; counts: how many each scale has;
+    like: a tensor of the device that reads them. An operator, so that a compiler takes it whole
+    and does not unroll the loops; it is compiled once a length.
+    """
+    given = rows(first, num_blocks, tuple(counts), is_causal=is_causal)
+    return torch.tensor(given, dtype=torch.int64, device=like.device)
+
+
+@table.register_fake
+def _(like: Tensor, *given: Any) -> Tensor:
+    first, num_blocks, counts, is_causal = given
+    sizes = int(first), int(num_blocks), tuple(map(int, counts))
+    found = rows(*sizes, is_causal=is_causal)
+    return like.new_empty(len(found), len(found[0]), dtype=torch.int64)

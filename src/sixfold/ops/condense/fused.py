@@ -79,14 +79,14 @@ def attend(
     near = filled(in_blocks(key, block), in_blocks(tokens.value, block), size)
     key, value = (beside(part, first, is_causal=is_causal) for part in near)
     mask = seen(first, num_blocks, block, is_causal=is_causal)
-    table = cells.table(first, num_blocks, pyramid.counts, is_causal=is_causal)
+    table = cells.table(query, first, num_blocks, pyramid.counts, is_causal)
     if table.numel():
         flat = [level.joined() for level in pyramid.levels]
         levels = [filled(keys(t.moments), t.value, t.size) for t in flat]
         far = [picked(parts, table, rules.capacity) for parts in zip(*levels, strict=True)]
         key, value = torch.cat([key, far[0]], -2), torch.cat([value, far[1]], -2)
         there = (table >= 0).repeat_interleave(rules.capacity, 1)
-        mask = torch.cat([mask, there[:, None].expand(-1, block, -1)], -1)
+        mask = torch.cat([mask.to(query.device), there[:, None].expand(-1, block, -1)], -1)
     out = joined(query, key, value, mask.to(query.device), scale, dropout)
     front = (m - n) % block
     return out[..., front : front + n, : tokens.value.shape[-1]]
@@ -94,7 +94,7 @@ def attend(
 
 def picked(levels: tuple[Tensor, ...], table: Tensor, capacity: int) -> Tensor:
     """Cells as each block sees them: (b, h, cells * capacity, w) to (b, h, blocks, places, w)."""
-    index = table.clamp(min=0).flatten().to(levels[0].device)
+    index = table.clamp(min=0).flatten()
     chosen = torch.cat(levels, dim=2).unflatten(2, (-1, capacity)).index_select(2, index)
     return chosen.unflatten(2, table.shape).flatten(3, 4)
 
