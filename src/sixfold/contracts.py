@@ -231,6 +231,18 @@ class Batch(NamedTuple):
     targets: Tensor
 
 
+class Graph(NamedTuple):
+    """Nodes and what joins them; several graphs lie side by side as one whose parts do not meet.
+
+    nodes (n, f): what is known of each; edges (2, e), int64: from and to, an undirected edge twice;
+    member (n,), int64: which graph a node belongs to, ascending from 0, zeros for one graph.
+    """
+
+    nodes: Tensor
+    edges: Tensor
+    member: Tensor
+
+
 class Dataset(Protocol):
     """Batches that depend on (seed, step) alone, so that a step number is a data position."""
 
