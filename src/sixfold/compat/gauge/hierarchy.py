@@ -16,7 +16,7 @@ from torch import Tensor
 from sixfold.attention import hierarchy
 from sixfold.attention.beliefs import believe, divergence_score
 from sixfold.attention.multihead import Part, check_sizes
-from sixfold.attention.named import EmergentHierarchicalAttention as Attention
+from sixfold.attention.named.emergent import EmergentHierarchicalAttention as Attention
 from sixfold.compat.gauge.agents import Agent, stack, tokens_as_agents
 from sixfold.models._block import Block
 

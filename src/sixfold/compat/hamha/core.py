@@ -1,5 +1,5 @@
 """``hamha.core``."""
 
-from sixfold.attention.named import HexagonalMultiHeadAttention
+from sixfold.attention.named.hexagonal import HexagonalMultiHeadAttention
 
 __all__ = ["HexagonalMultiHeadAttention"]

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sixfold.attention.named import DistanceBasedAttention, DistanceType
+from sixfold.attention.named.distance import DistanceBasedAttention, DistanceType
 from sixfold.compat.truthgpt.truthgpt_distance_attention_integration import (
     TruthGPTAttentionConfig,
     TruthGPTDistanceAttentionModel,

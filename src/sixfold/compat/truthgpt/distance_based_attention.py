@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sixfold.attention.named import DistanceBasedAttention, DistanceType
+from sixfold.attention.named.distance import DistanceBasedAttention, DistanceType
 from sixfold.config import build, plain
 
 __all__ = [

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from sixfold.attention.named import as_mask, distance_score
+from sixfold.attention.named.distance import as_mask, distance_score
 from sixfold.governor.watch.probe import attention_layers, clock_us
 from sixfold.models.language import LanguageModel
 
