@@ -152,6 +152,28 @@ def test_a_failed_promise_returns_to_the_run_that_was_given_up():
         rewind.forward()
 
 
+@pytest.mark.parametrize(("repeated", "left"), [(0, [2, 3]), (1, [2, 3]), (3, [3])])
+def test_a_failed_return_leaves_what_an_earlier_one_had_to_repeat(repeated, left):
+    model, optimizer = made()
+    rewind = Rewind(model, (optimizer,))
+    rewind.recording = True
+    feed = rewind.data(range(9))
+    for step in range(1, 5):
+        next(feed)
+        rewind.now = step
+    rewind.back(0, 5)
+    rewind.now = 0
+    for step in (1, 2):
+        assert next(feed) == step - 1
+        rewind.now = step
+    rewind.back(0, 3)  # batches 0 and 1 come again, before 2 and 3 that still wait
+    rewind.now = 0
+    assert [next(feed) for _ in range(repeated)] == [0, 1, 2][:repeated]
+    rewind.forward()
+    assert [next(feed) for _ in left] == left
+    assert next(feed) == 4
+
+
 def test_without_data_there_is_no_rollback_and_an_honest_stop():
     model, optimizer = made()
     limits = Limits(LIMITS.alarms, ActionLimits(stop_after=6))

@@ -44,6 +44,7 @@ class Rewind:
         self.batches: list[tuple[int, Any]] = []
         self.again: deque[Any] = deque()
         self.given_up: Moment | None = None
+        self.queued = 0
         self.now = 0
         self.recording = False
 
@@ -117,15 +118,20 @@ class Rewind:
         self.put(moment)
         good = [batch for step, batch in self.batches if to < step < since]
         self.batches = [(step, batch) for step, batch in self.batches if step <= to]
+        self.queued = len(self.again)
         self.again = deque([*good, *self.again])
 
     def forward(self) -> None:
-        """Return to the run that was given up; batches already repeated are not taken back."""
+        """Return to the run that was given up; batches already repeated are not taken back.
+
+        Those that were to come again before it was given up still are.
+        """
         if self.given_up is None:
             raise RuntimeError("there is no run to return to: nothing was given up")
         self.put(self.given_up)
         self.given_up = None
-        self.again.clear()
+        while len(self.again) > self.queued:
+            self.again.popleft()
 
 
 @torch.no_grad()
