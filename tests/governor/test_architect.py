@@ -81,6 +81,25 @@ def test_signals_are_those_of_the_explicit_weights():
         assert snapshot.signals[f"condition_{role}"][0] == pytest.approx(condition, rel=5e-2)
 
 
+def test_a_spectral_mixer_tells_what_its_filters_let_pass():
+    mixer = {"name": "spectral", "filter": "chebyshev", "modes": 2, "order": 1}
+    model, optimizer = model_and_optimizer(mixer=mixer)
+    governor = LeadMetaArchitect(model, optimizer)
+    loss = cross_entropy(model(torch.randint(0, 11, (3, 16))).mean(1), torch.zeros(3).long())
+    loss.backward()
+    found = governor.process_step(loss).snapshot.signals["filter_response"]
+    for layer, values in zip(governor.layers, found, strict=True):
+        # of a wheel of seven: the constant mode, a pair of slow ones, and four that are not kept
+        filters = layer.module.mixer
+        constant, pair = filters.response(filters.eigenvalues).abs().mean(0).tolist()
+        assert values == pytest.approx((constant, pair, pair, 0, 0, 0, 0), rel=1e-6)
+    governor.detach()
+    plain, optimizer = model_and_optimizer()
+    governor = LeadMetaArchitect(plain, optimizer)
+    plain(torch.randint(0, 11, (3, 16))).sum().backward()
+    assert "filter_response" not in governor.process_step(1.0).snapshot.signals
+
+
 def test_times_and_speed_are_measured():
     model, optimizer = model_and_optimizer()
     governor = LeadMetaArchitect(model, optimizer, every=1)

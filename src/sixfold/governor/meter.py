@@ -212,7 +212,8 @@ class Meter:
     def _sample(self, found: Snapshot) -> Snapshot:
         """A snapshot with all signals."""
         ended = clock_us(self.device)
-        measured = collect.seen(self.layers, self.probes) | self._measured
+        measured = collect.seen(self.layers, self.probes) | collect.responses(self.layers)
+        measured |= self._measured
         if not self._measured and self.optimizer is None:
             measured |= collect.gradients(self.layers)
         if self._weights:

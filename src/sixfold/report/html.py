@@ -38,6 +38,7 @@ TITLES = {
     "redundancy": "Redundancy of heads",
     "rank_distance": "Distance from rank 1",
     "stable_rank": "Stable rank",
+    "filter_response": "Filter response, strongest mode",
 }
 WHOLE = {
     "update_ratio": "Size of a step, whole model",

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from sixfold.attention.mixer.spectral import SpectralMixer
 from sixfold.contracts import PerHead
 from sixfold.governor.watch.layer import Layer
 from sixfold.governor.watch.probe import LayerProbe
@@ -33,6 +34,7 @@ UNITS = {
     "gain": "1",
     "frozen": "1 (of the numbers that were to be learned)",
     "stable_rank": "1",
+    "filter_response": "1 (by mode of the grid instead of head, slowest first)",
     "times_us": "microseconds",
     "tokens_per_s": "tokens/s",
 }
@@ -82,6 +84,25 @@ def matrices(layers: Sequence[Layer]) -> Signals:
                 shared = None if values is None else per_query_head(values, layer.num_heads)
                 found[f"{name}_{role}"].append(shared)
     return found
+
+
+@torch.no_grad()
+def responses(layers: Sequence[Layer]) -> Signals:
+    """What the filters of a spectral mixer let pass, |g_c(lambda)| in the mean over groups.
+
+    A grid has as many modes as heads; they come in the order of their eigenvalues, those that are
+    not kept as 0. None for a layer without such filters.
+    """
+    found: list[Tensor | None] = []
+    for layer in layers:
+        mixer = getattr(layer.module, "mixer", None)
+        if not isinstance(mixer, SpectralMixer):
+            found.append(None)
+            continue
+        gains = mixer.response(mixer.eigenvalues).abs().mean(0)
+        modes = gains.repeat_interleave(torch.tensor(mixer.multiplicities, device=gains.device))
+        found.append(torch.nn.functional.pad(modes, (0, layer.num_heads - len(modes))))
+    return {"filter_response": found}
 
 
 @torch.no_grad()
