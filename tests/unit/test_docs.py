@@ -93,22 +93,22 @@ def test_the_readme_shows_only_commands_that_parse():
         app.parse_args(words, exit_on_error=False)
 
 
-def test_the_readme_shows_the_results_as_they_stand():
+@pytest.mark.parametrize("page", ["README.md", "docs/attention.md"])
+def test_a_page_shows_the_results_as_they_stand(page):
     import csv
 
-    text = (ROOT / "README.md").read_text()
-    shown = re.findall(r"<!-- (\S+): (.+?) / (.+?) -->", text)
+    # a bold number, and behind it in a comment which row of which file it is
+    shown = re.findall(
+        r"\*\*([\d.]+)[^*]*\*\*[^*]*?<!-- (\S+): (.+?) / (.+?) -->", (ROOT / page).read_text()
+    )
     assert shown
-    for file, case, metric in shown:
+    for digits, file, case, metric in shown:
         rows = csv.DictReader((ROOT / "results" / file).read_text().splitlines())
-        (row,) = [r for r in rows if r["case"] == case and r["metric"] == metric]
-        line = next(
-            line for line in text.splitlines() if f"<!-- {file}: {case} / {metric} -->" in line
-        )
-        digits = re.search(r"\*\*([\d.]+)", line)[1]
+        names = [(r, (r["case"], f"{r['experiment']}: {r['case']}")) for r in rows]
+        (row,) = [r for r, cases in names if case in cases and r["metric"] == metric]
         assert float(digits) == pytest.approx(
             float(row["value"]), abs=0.5 * 10 ** -len(digits.partition(".")[2])
-        ), line
+        ), (case, metric)
 
 
 def test_pictures_are_there_and_complete():
