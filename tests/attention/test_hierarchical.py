@@ -10,6 +10,7 @@ import torch
 
 from sixfold.attention.cache import KeyValueCache
 from sixfold.attention.multihead import MultiHeadAttention
+from sixfold.contracts import Visibility
 
 EXACT = {"name": "hierarchical", "block": 8, "capacity": 8, "threshold": 0.0, "scales": 1}
 LOOSE = {"name": "hierarchical", "block": 8, "capacity": 3, "threshold": 0.5}
@@ -106,6 +107,23 @@ def test_every_parameter_and_token_is_reached(x):
         grads = torch.autograd.grad(loss, leaves)
         assert (grads[0].abs().sum(-1) > 0).all()
         assert all(g.isfinite().all() for g in grads)
+
+
+def test_with_an_endless_threshold_it_is_a_fixed_pyramid(x):
+    fixed = layer({**LOOSE, "threshold": float("inf"), "capacity": 8, "scales": 1}, {})
+    q, k, v = fixed.projection(x, x, Visibility(None, is_causal=True), None)
+    out = torch.empty_like(v)
+    for t in range(61):  # every full block before the last one is its mean, eight times
+        far = range(0, (t // 8 - 1) * 8, 8)
+        keys = [k[:, :, i : i + 8].mean(2) for i in far]
+        values = [v[:, :, i : i + 8].mean(2) for i in far]
+        start = max(0, (t // 8 - 1) * 8)
+        key = torch.stack([*keys, *k[:, :, start : t + 1].unbind(2)], 2)
+        value = torch.stack([*values, *v[:, :, start : t + 1].unbind(2)], 2)
+        logits = (q[:, :, t : t + 1] @ key.mT) * k.shape[-1] ** -0.5
+        logits[..., : len(far)] += torch.tensor(8.0, dtype=torch.float64).log()
+        out[:, :, t] = (logits.softmax(-1) @ value)[:, :, 0]
+    assert_same(fixed(x, is_causal=True), fixed.output(out.transpose(1, 2).flatten(2)))
 
 
 def test_equal_tokens_merge_without_error():
