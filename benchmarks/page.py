@@ -319,8 +319,7 @@ def pictures(rows: Sequence[Row]) -> dict[str, str]:
 
 def origins(rows: Sequence[Row]) -> str:
     """Where the rows come from."""
-    scored = [row for row in rows if row.experiment != LAYER]
-    found = dict.fromkeys(row.origin for row in scored)
+    found = dict.fromkeys(row.origin for row in rows)
     return "\n".join(f"- {device}; commit {commit}" for device, commit in found)
 
 

@@ -14,6 +14,7 @@ from sixfold import config
 from sixfold.attention.multihead import MultiHeadAttention
 from sixfold.contracts import Dataset
 from sixfold.data._kinds import LabelledExamples, States, TokenStream
+from sixfold.data._questions import Questions
 from sixfold.discover import load, unknown
 from sixfold.errors import ConfigError
 from sixfold.governor.architect import MODES
@@ -135,7 +136,7 @@ def sizes_of(dataset: Dataset, kind: str) -> dict[str, int]:
 
     Raises ConfigError where the kind of model cannot be trained on the data.
     """
-    if isinstance(dataset, TokenStream) and kind == "language":
+    if isinstance(dataset, TokenStream | Questions) and kind == "language":
         return {"vocab_size": dataset.vocab_size, "context": dataset.context}
     if isinstance(dataset, LabelledExamples):
         inputs, classes = dataset.train.inputs, dataset.num_classes
@@ -159,8 +160,8 @@ def sizes_of(dataset: Dataset, kind: str) -> dict[str, int]:
         }
     raise ConfigError(
         f"model.kind {kind!r} cannot be trained on {type(dataset).__name__} data; "
-        "language goes with text, vision with images, classifier with labelled text, simulator "
-        "with states"
+        "language goes with text and questions, vision with images, classifier with labelled text, "
+        "simulator with states"
     )
 
 

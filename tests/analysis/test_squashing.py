@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from sixfold.analysis.squashing import sensitivity, sensitivity_by_distance
+from sixfold.attention.graph import SpectralGraphAttention
 from sixfold.contracts import Graph
 from sixfold.geometry.graph import ring
 from sixfold.geometry.hexgrid import HexGrid
@@ -126,7 +127,9 @@ def test_what_cannot_be_differentiated_is_refused():
     graph, model = graph_of(ring(4), 2), Passing(2, 1, torch.tanh)
     with pytest.raises(ValueError, match=r"nodes must be real.*got torch.int64"):
         sensitivity(model, graph._replace(nodes=graph.nodes.long()))
-    with pytest.raises(ValueError, match=r"targets must be nodes in \[0, 4\), one or more, got \[4, -1\]"):
+    with pytest.raises(
+        ValueError, match=r"targets must be nodes in \[0, 4\), one or more, got \[4, -1\]"
+    ):
         sensitivity(model, graph, torch.tensor([4, 1, -1]))
     with pytest.raises(ValueError, match=r"one or more, got \[\]"):
         sensitivity(model, graph, torch.tensor([], dtype=torch.int64))
@@ -135,3 +138,19 @@ def test_what_cannot_be_differentiated_is_refused():
     with pytest.raises(ValueError, match="must be symmetric"):
         one_way = graph._replace(edges=torch.tensor([[0], [1]]))
         sensitivity_by_distance(lambda graph: graph.nodes, one_way)
+
+
+def test_filters_reach_as_far_as_their_order_and_attention_everywhere():
+    graph, hops = graph_of(ring(14), 4), hop_distance(ring(14))
+
+    def two_layers(**options):
+        torch.manual_seed(0)
+        layers = [SpectralGraphAttention(4, 2, dtype=torch.float64, **options) for _ in range(2)]
+        return lambda graph: layers[1](layers[0](graph.nodes, graph).tanh(), graph)
+
+    for options in ({"score": None}, {"gate": 0.0}):
+        found = sensitivity(two_layers(order=2, **options), graph)
+        assert (found[hops <= 4] > 0).all()
+        assert found[hops > 4].abs().max() == 0
+    for options in ({"order": 2, "gate": 1.0}, {"order": None}):
+        assert (sensitivity(two_layers(**options), graph) > 0).all()

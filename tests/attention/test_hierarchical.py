@@ -176,6 +176,9 @@ def test_a_mask_of_pairs_and_a_context_are_refused(x):
     loose = layer(LOOSE, {})
     with pytest.raises(ValueError, match="takes key_mask and is_causal, not attn_mask"):
         loose(x, attn_mask=torch.ones(61, 61, dtype=torch.bool).tril())
+    for shape in ((1, 61), (2, 4, 1, 61)):
+        with pytest.raises(ValueError, match="takes key_mask and is_causal, not attn_mask"):
+            loose(x, attn_mask=torch.ones(shape, dtype=torch.bool))
     with pytest.raises(ValueError, match="reach 'hierarchical' orders the tokens"):
         loose(x, x)
 

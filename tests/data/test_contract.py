@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sixfold import discover
+from sixfold.data._questions import IGNORED, Questions
 
 NAMES = discover.names("sixfold.data")
 
@@ -65,7 +66,9 @@ def test_batches_fit_the_objective(loader):
     match data.objective:
         case "tokens":
             assert inputs.dtype == targets.dtype == torch.int64
-            assert torch.equal(inputs[:, 1:], targets[:, :-1])
+            asked = targets[:, :-1] != IGNORED
+            assert asked.all() or isinstance(data, Questions)
+            assert torch.equal(inputs[:, 1:][asked], targets[:, :-1][asked])
             assert inputs.min() >= 0 and inputs.max() < data.vocab_size
         case "labels":
             assert targets.shape == (5,) and targets.dtype == torch.int64
@@ -80,6 +83,8 @@ def test_batches_fit_the_objective(loader):
 def test_the_miniature_can_be_learned(loader):
     """The nearest training input, or the last token, tells more than the most frequent target."""
     data = loader.miniature()
+    if isinstance(data, Questions):
+        pytest.skip("what no two sequences share is not learned from the nearest: see its solver")
     if data.objective == "tokens":
         pairs = torch.zeros(data.vocab_size, data.vocab_size)
         pairs.index_put_((data.train[:-1], data.train[1:]), torch.tensor(1.0), accumulate=True)

@@ -305,6 +305,14 @@ def test_a_model_without_attention_is_told_of_once_and_its_loss_is_watched():
     assert governor.process_step(1.0).snapshot.signals == {}
 
 
+def test_an_optimizer_of_another_model_is_refused():
+    model, _ = model_and_optimizer()
+    _, optimizer = model_and_optimizer()
+    with pytest.raises(ValueError, match="this AdamW moves no parameter of this LanguageModel"):
+        LeadMetaArchitect(model, optimizer)
+    LeadMetaArchitect(model)
+
+
 def test_a_model_has_one_governor():
     model, optimizer = model_and_optimizer()
     first = LeadMetaArchitect(model, optimizer)

@@ -86,6 +86,12 @@ def test_an_alarm_is_told_once_until_it_clears():
     assert critical == [0, 1, 0, 0, 0, 0, 1]
 
 
+def test_logits_just_under_their_limit_are_not_over():
+    decided, _ = run([snapshot(10 * i + 1, [float(v)]) for i, v in enumerate((5, 120, 90, 110))])
+    critical = [[a.level for a in d.alarms].count("critical") for d in decided]
+    assert critical == [0, 1, 0, 0]
+
+
 def test_a_promise_kept_is_evidence_and_one_broken_is_taken_back():
     kept, _ = run([snapshot(1, [5.0]), snapshot(11, [120.0]), snapshot(21, [40.0])])
     (judged,) = kept[2].judged

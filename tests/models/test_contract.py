@@ -17,7 +17,9 @@ DATA = {"language": shakespeare, "classifier": sst2, "vision": digits, "simulato
 
 
 def test_the_kinds_are_the_public_files():
-    assert discover.names("sixfold.models") == ("classifier", "language", "simulator", "vision")
+    assert discover.names("sixfold.models") == (
+        "classifier", "graph", "language", "node", "simulator", "vision",
+    )  # fmt: skip
 
 
 def test_the_options_that_all_models_share(kind):

@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from sixfold import models
+from sixfold.attention.graph import Topology
 from sixfold.contracts import Graph
 from sixfold.data.graphs import mutag, planetoid
 from sixfold.models.graph import GraphClassifier
@@ -66,7 +67,7 @@ def test_a_whole_graph_does_not_depend_on_the_order_of_its_nodes():
 
 def test_poolings_are_what_they_are_called():
     model, x = GraphClassifier(**TINY), torch.randn(8, 8)
-    there = models_topology()
+    there = Topology.of(graph())
     first = x[:4]
     assert torch.allclose(model.pooled(x, there)[0], first.mean(0), atol=1e-6)
     model = GraphClassifier(**TINY, pooling="sum")
@@ -75,12 +76,6 @@ def test_poolings_are_what_they_are_called():
     weights = model.rate(first).softmax(0)
     assert torch.allclose(model.pooled(x, there)[0], (weights * first).sum(0), atol=1e-6)
     assert torch.allclose(model.pooled(x, there)[2], x[7], atol=1e-6)
-
-
-def models_topology():
-    from sixfold.attention.graph import Topology
-
-    return Topology.of(graph())
 
 
 def test_every_parameter_gets_a_finite_gradient(make):
@@ -109,7 +104,7 @@ def test_residuals_dropout_and_depth_are_what_they_are_called():
         with torch.no_grad():
             for block in model.blocks:
                 block.attention.output.weight.zero_()
-            states = model.states(whole, models_topology())
+            states = model.states(whole, Topology.of(graph()))
         assert torch.equal(states, expected * model.embedding(whole.nodes).relu())
     model = NodeClassifier(**TINY, num_layers=3, dropout=0.5)
     assert len(model.blocks) == 3

@@ -209,6 +209,17 @@ def test_the_error_stays_under_the_bound_and_the_bound_falls_with_the_threshold(
     assert bounds[-1].max() == 0
 
 
+def test_the_error_of_an_output_is_bounded_tightly():
+    for error in (0.01, 0.5, 3.0):
+        # what gains has the share 1 / (1 + exp(e)), and values are as far apart as they can be
+        logits = torch.tensor([0.0, error], dtype=torch.float64)
+        moved = logits + torch.tensor([error, -error], dtype=torch.float64)
+        value = torch.tensor([[2.0], [-2.0]], dtype=torch.float64)
+        found = ((moved.softmax(0) - logits.softmax(0)) @ value).abs()
+        given = torch.tensor([[[error]]], dtype=torch.float64), value[None, None]
+        torch.testing.assert_close(bound.output_error(*given)[0, 0], found, rtol=1e-12, atol=0)
+
+
 def test_every_constituent_is_reached_by_the_gradient():
     sequence = Sequence(Rules(8, 2, 1e9), n=1, m=96)
     _, key, value = torch.autograd.grad(sequence.fused().square().sum(), sequence.leaves)

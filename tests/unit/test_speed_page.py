@@ -63,7 +63,10 @@ def test_targets_stand_beside_what_was_measured(page, rows):
     assert "| `cosine`, forward and backward | at most 1.15 | 1.12 ± 0.02 | met |" in table
     # the fastest of ours counts, a faster peer does not
     assert "| `l1`, forward and backward | at most 4 | 4.50 ± 0.30 | **missed** |" in table
-    assert "| `l1`, to its fastest peer, 1,024 tokens | at most 1 | 1.29 ± 0.20 | **missed** |" in table
+    assert (
+        "| `l1`, to its fastest peer, 1,024 tokens | at most 1 | 1.29 ± 0.20 | **missed** |"
+        in table
+    )
     assert "| `l2_squared`, forward and backward | at most 1.25 | not measured | open |" in table
     assert "heads of 10, to the plain layer | at most 3 | 2.50 ± 0.10 | met |" in table
     assert "| at most 300 MB | 120 MB | met |" in table

@@ -102,8 +102,10 @@ def check_shape(name: str, given: Tensor, shape: tuple[int, ...]) -> None:
 def cholesky(covariance: Tensor) -> Tensor:
     """Lower factors of covariances (..., d, d).
 
-    Raises ValueError where one is not symmetric or not positive definite.
+    Raises ValueError where one is not finite, not symmetric or not positive definite.
     """
+    if not covariance.isfinite().all():
+        raise ValueError("covariance must be finite")
     apart = (covariance - covariance.mT).abs().amax((-2, -1))
     if not (apart <= SYMMETRIC * covariance.abs().amax((-2, -1))).all():
         raise ValueError("covariance must be symmetric")

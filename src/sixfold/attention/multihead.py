@@ -8,6 +8,7 @@ file's name.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,14 +47,22 @@ def build_part(kind: str, part: Part, heads: Heads, **factory: Any) -> Any:
 
     Raises ValueError naming the part, for an unknown name or option and for sizes it cannot serve.
     """
+    if not isinstance(part, str | Mapping):
+        raise ValueError(f"{kind} must be a name, or a name with options, got {part!r}")
     options = {"name": part} if isinstance(part, str) else dict(part)
     name = options.pop("name", None)
     build = load(f"sixfold.attention.{kind}", name)
-    parameters = inspect.signature(build).parameters.values()
+    parameters = list(inspect.signature(build).parameters.values())
     known = {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
     for option in options:
         if option not in known:
             raise ValueError(f"{kind} {name!r}: " + unknown("option", option, known or {"none"}))
+    needed = {p.name for p in parameters if p.name in known and p.default is p.empty}
+    if missing := sorted(needed - options.keys()):
+        raise ValueError(
+            f"{kind} {name!r} needs {' and '.join(missing)}: "
+            f'give {{"name": {name!r}, "{missing[0]}": ...}}'
+        )
     try:
         return build(heads, **options, **factory)
     except (TypeError, ValueError) as error:
@@ -151,6 +160,8 @@ class MultiHeadAttention(nn.Module):
             raise ValueError(
                 f"rope turns pairs of features: head_dim must be even, got {heads.head_dim}"
             )
+        if rope_theta is not None and not 0 < rope_theta < math.inf:
+            raise ValueError(f"rope_theta must be positive and finite, or None, got {rope_theta}")
         if softcap is not None and not softcap > 0:
             raise ValueError(f"softcap must be positive, got {softcap}")
         self.softcap, self.sinks = softcap, None
@@ -379,18 +390,21 @@ def check_sizes(
     d_model: int, num_heads: int, head_dim: int | None, num_kv_heads: int | None
 ) -> Heads:
     """Fill in the defaults of the sizes, or raise a ValueError that names the wrong one."""
-    for name, size in (("d_model", d_model), ("num_heads", num_heads)):
-        if size < 1:
-            raise ValueError(f"{name} must be 1 or more, got {size}")
+    for name, size in (
+        ("d_model", d_model),
+        ("num_heads", num_heads),
+        ("head_dim", head_dim),
+        ("num_kv_heads", num_kv_heads),
+    ):
+        if size is not None and not (isinstance(size, int) and size >= 1):
+            raise ValueError(f"{name} must be a whole number of 1 or more, got {size!r}")
     if head_dim is None:
         if d_model % num_heads:
             raise ValueError(
                 f"d_model {d_model} is not a multiple of num_heads {num_heads}: give head_dim"
             )
         head_dim = d_model // num_heads
-    if head_dim < 1:
-        raise ValueError(f"head_dim must be 1 or more, got {head_dim}")
     num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-    if num_kv_heads < 1 or num_heads % num_kv_heads:
+    if num_heads % num_kv_heads:
         raise ValueError(f"num_kv_heads {num_kv_heads} does not divide num_heads {num_heads}")
     return Heads(d_model, num_heads, head_dim, num_kv_heads)

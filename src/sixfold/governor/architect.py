@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sixfold.contracts import Change, Snapshot
 from sixfold.discover import unknown
 from sixfold.governor import commands, journal
-from sixfold.governor.attached import ATTACHED, check_free
+from sixfold.governor.attached import ATTACHED, check_free, check_own
 from sixfold.governor.limits import Limits, preset
 from sixfold.governor.logs import File, Records
 from sixfold.governor.meter import Meter
@@ -61,7 +61,8 @@ class LeadMetaArchitect(Subject):
 
     Raises:
         ValueError: for an unknown mode or preset, for a model or an optimizer that has a governor
-            already, by itself or as a part of another model, and for LBFGS.
+            already, by itself or as a part of another model, for an optimizer that moves nothing
+            of the model, and for LBFGS.
 
     >>> from sixfold import LanguageModel
     >>> model = LanguageModel(11, 8, 28, 1, {"num_heads": 7, "mixer": "hexagonal"})
@@ -88,6 +89,7 @@ class LeadMetaArchitect(Subject):
             raise ValueError(unknown("governor.mode", mode, MODES))
         if every < 1:
             raise ValueError(f"governor.every must be 1 or more, got {every}")
+        check_own(model, optimizer)
         check_free(model, optimizer)
         meter = Meter(model, optimizer, every)
         super().__init__(model, optimizer, meter, self._before_move, (scheduler, scaler))

@@ -1,4 +1,4 @@
-"""The governors at work: two on one model would undo each other's changes."""
+"""What a governor may be put on: a model and its optimizer, and no other governor's."""
 
 from __future__ import annotations
 
@@ -11,6 +11,18 @@ from sixfold.governor.watch.watch import may_attend
 
 ATTACHED: weakref.WeakSet[Any] = weakref.WeakSet()
 """Every `LeadMetaArchitect` that has not let go."""
+
+
+def check_own(model: nn.Module, optimizer: Any) -> None:
+    """Raise ValueError where an optimizer moves no parameter of a model, but those of others."""
+    if optimizer is None:
+        return
+    moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if moved and not moved & {id(p) for p in model.parameters()}:
+        raise ValueError(
+            f"this {type(optimizer).__name__} moves no parameter of this {type(model).__name__}: "
+            "build the optimizer after the model, from its parameters"
+        )
 
 
 def check_free(model: nn.Module, optimizer: Any) -> None:

@@ -95,9 +95,16 @@ def sentence(decisions: Decisions, *, acting: bool) -> tuple[str, ...]:
         parts.append(f"going on is no use: {decisions.stop}")
     if not parts and not decisions.alarms:
         return ()
-    worst = "critical" if any(a.level == "critical" for a in decisions.alarms) else "not critical"
-    alarms = f"{len(decisions.alarms)} alarms ({worst})" if decisions.alarms else ""
-    return ("; ".join([*([alarms] if alarms else []), *parts]),)
+    return ("; ".join([*worst(decisions.alarms), *parts]),)
+
+
+def worst(alarms: Sequence[Alarm]) -> list[str]:
+    """The first critical alarm, or the first at all, and how many came with it."""
+    if not alarms:
+        return []
+    first = min(alarms, key=lambda alarm: alarm.level != "critical")
+    others = len(alarms) - 1
+    return [alarm_row(first)["text"] + (f", and {others} more" if others else "")]
 
 
 def heads_by(changes: Sequence[Applied] | Sequence[Undone]) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sixfold.governor.architect import LeadMetaArchitect, Seen
-from sixfold.governor.journal import alarm_row, load_limits
+from sixfold.governor.journal import load_limits
 from sixfold.governor.limits import Limits
 
 log = logging.getLogger("sixfold.governor")
@@ -154,10 +154,6 @@ class Governed:
             found = [value for heads in seen.snapshot.signals.get(signal, ()) for value in heads]
             if found:
                 self.figures[f"governor/{signal}"] = worst(found)
-        if decided.alarms:
-            # the sentence of a step counts alarms: the worst one says which head
-            first = min(decided.alarms, key=lambda alarm: alarm.level != "critical")
-            self.said = (alarm_row(first)["text"], *seen.text)
 
 
 def size(path: Path) -> int:

@@ -73,7 +73,8 @@ class Hierarchical(nn.Module):
         Raises ValueError for a mask that is not of keys alone: a group is seen as a whole.
         """
         mask = visibility.mask
-        if mask is not None and (mask.dtype != torch.bool or mask.shape[-2] != 1):
+        of_keys = mask is None or (mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1)
+        if mask is not None and not (of_keys and mask.dtype == torch.bool):
             raise ValueError(
                 "reach 'hierarchical' takes key_mask and is_causal, not attn_mask: "
                 "a query sees a group of tokens as a whole"

@@ -20,8 +20,8 @@ class Window(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        if width < 1:
-            raise ValueError(f"window width must be 1 or more, got {width}")
+        if not (isinstance(width, int) and width >= 1):
+            raise ValueError(f"window width must be a whole number of 1 or more, got {width!r}")
         self.width = width
 
     def forward(self, visibility: Visibility, n: int, m: int, device: torch.device) -> Visibility:
