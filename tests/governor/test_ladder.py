@@ -6,8 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from sixfold.contracts import Snapshot
+from sixfold.contracts import WHOLE, Snapshot
+from sixfold.governor.alarms import Alarm
+from sixfold.governor.ladder import still_needed
 from sixfold.governor.limits import preset
+from sixfold.governor.protocols import learning_rate_shield
 from sixfold.governor.state import State
 from sixfold.governor.step import step
 
@@ -111,3 +114,14 @@ def test_a_muted_signal_keeps_nobody_awake():
     state, decisions = step(state, hot._replace(step=2), muted)
     assert not state.memory.vigilant
     assert not decisions.alarms
+
+
+@pytest.mark.parametrize(("ratio", "needed"), [(0.0062, False), (0.0063, True)])
+def test_a_shield_stays_where_the_rate_behind_it_would_alarm_again(ratio, needed):
+    shield = learning_rate_shield.build(
+        Alarm(1, "critical", "update_ratio", WHOLE, 0.11, 0.05), 2, REWINDING.actions
+    )
+    now = Snapshot(200, 2.0, {}, {"update_ratio": ratio}, {})
+    limits = replace(REWINDING, alarms=replace(REWINDING.alarms, update_ratio=0.05))
+    # half of 0.05 behind a factor of 4
+    assert still_needed(shield, now, State().memory, limits) is needed

@@ -290,3 +290,10 @@ def test_spectra_of_what_is_not_finite_are_no_numbers():
     assert found.tolist()[::2] == condition.tolist()[::2] == [1.0, 1.0]
     assert found[1].isnan()
     assert condition[1].isnan()
+
+
+def test_without_a_sign_the_largest_of_a_sample_is_a_range():
+    key = torch.tensor([[[[1.0], [-2.0], [0.5]]]])
+    seen = Observation(Features(torch.full((1, 1, 1, 1), 2.0), key, 1.0), Visibility(None, False))
+    assert head_statistics(seen).largest.item() == 2.0
+    assert head_statistics(seen._replace(signed=False)).largest.item() == 2.0 + 4.0
