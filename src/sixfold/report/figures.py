@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,6 +18,7 @@ from torch import nn
 from sixfold.contracts import Snapshot
 from sixfold.geometry.hexgrid import HexGrid, cartesian
 from sixfold.report.hexmap import colour_scale, viridis
+from sixfold.report.plots import blank, load, panel, with_legend
 from sixfold.report.scale import Point, finite, kind_of, with_gaps
 from sixfold.report.svg import LIGHT, LOOKS
 
@@ -38,49 +38,49 @@ class TelemetryVisualizer:
 
     def plot_entropy_evolution(self) -> Any:
         """Entropy of every head over time (thin) and the mean of each layer (thick)."""
-        figure = _figure(8, 4)
-        axes = _axes(figure, (1, 1, 1), "Attention entropy", "of log n")
+        figure = blank(8, 4)
+        axes = panel(figure, (1, 1, 1), "Attention entropy", "of log n")
         for layer, heads in enumerate(self._heads("entropy")):
             for points in heads:
                 _draw(axes, points, LOOKS[layer % 8], width=0.6, alpha=0.45)
             mean = _across(heads, lambda values: math.fsum(values) / len(values))
             _draw(axes, mean, LOOKS[layer % 8], label=f"layer {layer}")
         axes.set_ylim(-0.02, 1.02)
-        return _finished(figure)
+        return with_legend(figure)
 
     def plot_condition_numbers(self) -> Any:
         """Largest condition number of each layer's query, key and value projections."""
-        figure = _figure(11, 3.6)
+        figure = blank(11, 3.6)
         for place, part in enumerate(("q", "k", "v"), 1):
             title = {"q": "Queries", "k": "Keys", "v": "Values"}[part]
-            axes = _axes(figure, (1, 3, place), f"{title}: condition number", "")
+            axes = panel(figure, (1, 3, place), f"{title}: condition number", "")
             for layer, heads in enumerate(self._heads(f"condition_{part}")):
                 _draw(axes, _across(heads, max), LOOKS[layer % 8], label=f"layer {layer}")
             _log_if_wide(axes)
-        return _finished(figure)
+        return with_legend(figure)
 
     def plot_computational_profile(self) -> Any:
         """Time of each measured part of a step, in us."""
-        figure = _figure(8, 4)
-        axes = _axes(figure, (1, 1, 1), "Time per step and part", "us")
+        figure = blank(8, 4)
+        axes = panel(figure, (1, 1, 1), "Time per step and part", "us")
         for i, name in enumerate(dict.fromkeys(n for row in self.history for n in row.times_us)):
             points = [(r.step, r.times_us[name]) for r in self.history if name in r.times_us]
             _draw(axes, points, LOOKS[i % 8], label=name)
         _log_if_wide(axes)
         axes.yaxis.set_major_formatter("{x:,.0f}")
-        return _finished(figure)
+        return with_legend(figure)
 
     def plot_gradient_flow(self) -> Any:
         """Gradient norms: the largest head of each layer, and the whole model where recorded."""
-        figure = _figure(8, 4)
-        axes = _axes(figure, (1, 1, 1), "Gradient norm", "")
+        figure = blank(8, 4)
+        axes = panel(figure, (1, 1, 1), "Gradient norm", "")
         for layer, heads in enumerate(self._heads("gradient_norm")):
             _draw(axes, _across(heads, max), LOOKS[layer % 8], label=f"layer {layer}")
         name = "gradient_norm"
         whole = [(row.step, row.scalars[name]) for row in self.history if name in row.scalars]
         _draw(axes, whole, "ink", label="whole model", width=1.0)
         _log_if_wide(axes)
-        return _finished(figure)
+        return with_legend(figure)
 
     def _heads(self, signal: str) -> list[list[list[Point]]]:
         """Points by layer, then head."""
@@ -116,7 +116,7 @@ def plot_hexagonal_grid(
     grid = grid_of(model)
     if values is not None and len(values) != grid.num_heads:
         raise ValueError(f"{grid.num_heads} heads need as many values, got {len(values)}")
-    figure = _figure(6, 6)
+    figure = blank(6, 6)
     axes = figure.add_subplot(1, 1, 1)
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
     axes.set_aspect("equal")
@@ -128,7 +128,7 @@ def plot_hexagonal_grid(
     span = math.sqrt(3) * (grid.radius + 0.75)
     axes.set_xlim(-span, span)
     axes.set_ylim(span, -span)
-    return _finished(figure)
+    return with_legend(figure)
 
 
 def _edges(axes: Any, grid: HexGrid) -> None:
@@ -139,7 +139,7 @@ def _edges(axes: Any, grid: HexGrid) -> None:
 
 
 def _cells(axes: Any, grid: HexGrid, values: Sequence[float] | None) -> None:
-    patches = _load("matplotlib.patches")
+    patches = load("matplotlib.patches")
     scale = colour_scale(values) if values is not None else None
     for head, cell in enumerate(grid.coordinates):
         value = values[head] if values is not None else math.nan
@@ -157,14 +157,14 @@ def _cells(axes: Any, grid: HexGrid, values: Sequence[float] | None) -> None:
 
 def _colour_bar(figure: Any, axes: Any, values: Sequence[float]) -> None:
     scale = colour_scale(values)
-    colours = _load("matplotlib.colors")
+    colours = load("matplotlib.colors")
     norms = {
         "linear": colours.Normalize,
         "log": colours.LogNorm,
         "symlog": partial(colours.AsinhNorm, 1.0),
     }
     table = colours.ListedColormap([viridis(i / 255) for i in range(256)])
-    mappable = _load("matplotlib.cm").ScalarMappable(
+    mappable = load("matplotlib.cm").ScalarMappable(
         norms[scale.kind](vmin=scale.low, vmax=scale.high), table
     )
     bar = figure.colorbar(mappable, ax=axes, shrink=0.6, aspect=28, pad=0.02)
@@ -172,34 +172,6 @@ def _colour_bar(figure: Any, axes: Any, values: Sequence[float]) -> None:
 
 
 # ---------------------------------------------------------------- plumbing
-
-
-def _load(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("figures need matplotlib: pip install 'sixfold[cli]'") from error
-
-
-def _figure(width: float, height: float) -> Any:
-    """A figure with its own canvas: it can be saved and shown, and belongs to no global list."""
-    figure = _load("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
-    _load("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
-    return figure
-
-
-def _axes(figure: Any, place: tuple[int, int, int], title: str, unit: str) -> Any:
-    axes = figure.add_subplot(*place)
-    axes.set_title(f"{title} ({unit})" if unit else title, loc="left", fontsize=11)
-    axes.set_xlabel("step")
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.xaxis.set_major_locator(_load("matplotlib.ticker").MaxNLocator(5, integer=True))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(LIGHT["axis"])
-    axes.tick_params(colors=LIGHT["muted"], labelsize=9)
-    axes.grid(visible=True, axis="y", color=LIGHT["grid"])
-    axes.set_axisbelow(True)
-    return axes
 
 
 def _draw(
@@ -232,11 +204,3 @@ def _across(
 def _log_if_wide(axes: Any) -> None:
     values = [v for line in axes.lines for v in line.get_ydata() if math.isfinite(v)]
     axes.set_yscale({"symlog": "asinh"}.get(kind_of(values), kind_of(values)))
-
-
-def _finished(figure: Any) -> Any:
-    """Put a legend beside the last plot, if it has several named lines."""
-    axes = figure.axes[-1]
-    if len(axes.get_legend_handles_labels()[1]) > 1:
-        axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.02))
-    return figure

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sixfold.report.figures import _figure, _load
 from sixfold.report.hexmap import colour_scale, viridis
+from sixfold.report.plots import blank, load
 from sixfold.report.scale import number
 from sixfold.report.svg import LIGHT, LOOKS
 
@@ -29,7 +29,7 @@ class Panel(NamedTuple):
 
 def check() -> None:
     """Raise ModuleNotFoundError, naming the extra, where there is nothing to draw with."""
-    _load("matplotlib")
+    load("matplotlib")
 
 
 def panels(shown: Sequence[Panel], names: Sequence[str]) -> Any:
@@ -43,7 +43,7 @@ def panels(shown: Sequence[Panel], names: Sequence[str]) -> Any:
     label = 0.075 * max(map(len, names))
     width = min(9.0, max(4.2, 0.46 * widest + 1.6)) + label
     height = min(9.0, max(1.6, 0.3 * len(names) + 1.1))
-    figure = _figure(across * width, down * height)
+    figure = blank(across * width, down * height)
     for place, panel in enumerate(shown, 1):
         axes = _map(figure, (down, across, place), panel)
         axes.set_yticks(range(len(names)), names)
@@ -60,7 +60,7 @@ def matrices(shown: Sequence[Panel], unit: str) -> Any:
     side = min(3.6, max(2.0, 0.27 * max(len(panel.rows) for panel in shown) + 0.8))
     # a title is as wide as its matrix, or the next one starts on it
     width = max(side, 0.085 * max(len(panel.title) for panel in shown) + 0.4)
-    figure = _figure(across * width + 1.0, down * side)
+    figure = blank(across * width + 1.0, down * side)
     for place, panel in enumerate(shown, 1):
         axes = _map(figure, (down, across, place), panel)
         axes.set_aspect("equal")
@@ -73,7 +73,7 @@ def stacks(
     title: str, unit: str, parts: Sequence[Mapping[str, float]], names: Sequence[str]
 ) -> Any:
     """One bar for each layer, of its parts one after another."""
-    figure = _figure(7.5, max(1.8, 0.3 * len(names) + 1.1))
+    figure = blank(7.5, max(1.8, 0.3 * len(names) + 1.1))
     axes = figure.add_subplot(1, 1, 1)
     axes.set_title(f"{title} ({unit})", loc="left", fontsize=11)
     known = list(dict.fromkeys(name for row in parts for name in row))
@@ -127,7 +127,7 @@ def _values(panel: Panel) -> list[float]:
 
 def _colours(panel: Panel) -> dict[str, Any]:
     """Colour map and norm, logarithmic where the values are wide."""
-    colours = _load("matplotlib.colors")
+    colours = load("matplotlib.colors")
     scale = colour_scale(_values(panel), panel.fixed)
     table = colours.ListedColormap([viridis(i / 255) for i in range(256)]).with_extremes(
         bad=LIGHT["grid"]
@@ -138,7 +138,7 @@ def _colours(panel: Panel) -> dict[str, Any]:
 
 
 def _colour_bar(figure: Any, axes: Any, panel: Panel) -> Any:
-    mappable = _load("matplotlib.cm").ScalarMappable(**_colours(panel))
+    mappable = load("matplotlib.cm").ScalarMappable(**_colours(panel))
     bar = figure.colorbar(mappable, ax=axes, aspect=28, pad=0.02)
     bar.outline.set_visible(False)
     bar.ax.tick_params(colors=LIGHT["muted"], labelsize=8)

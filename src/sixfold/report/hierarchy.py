@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sixfold.attention.hierarchy import Group
-from sixfold.report.figures import _figure, _finished, _load
+from sixfold.report.plots import blank, load, with_legend
 from sixfold.report.svg import LIGHT, LOOKS
 
 WIDEST = 40.0
@@ -49,7 +49,7 @@ def plot_hierarchy(
     if (end := max(group.stop for group in shown)) > len(tokens):
         raise ValueError(f"groups span {end} tokens, got {len(tokens)}")
     scales = 1 + max(group.scale for group in shown)
-    figure = _figure(min(WIDEST, 1.6 + 0.32 * len(tokens)), 1.8 + 0.5 * scales)
+    figure = blank(min(WIDEST, 1.6 + 0.32 * len(tokens)), 1.8 + 0.5 * scales)
     axes = figure.add_subplot(1, 1, 1)
     axes.set_title(f"{title}, head {head}", loc="left", fontsize=11)
     for group in shown:
@@ -64,7 +64,7 @@ def plot_hierarchy(
     axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
     axes.tick_params(colors=LIGHT["muted"], length=0)
     axes.tick_params(axis="x", colors=LIGHT["ink"])
-    return _finished(figure)
+    return with_legend(figure)
 
 
 def _bar(axes: Any, group: Group) -> None:
@@ -72,7 +72,7 @@ def _bar(axes: Any, group: Group) -> None:
     alone = group.stop - group.start == 1
     width = group.stop - group.start - 0.12
     corner = (group.start + 0.06, group.scale + 0.14)
-    shape = _load("matplotlib.patches").Rectangle(corner, width, 0.72)
+    shape = load("matplotlib.patches").Rectangle(corner, width, 0.72)
     shape.set_facecolor(LIGHT["grid"] if alone else LIGHT[LOOKS[group.scale % len(LOOKS)]])
     shape.set_edgecolor("none")
     axes.add_patch(shape)

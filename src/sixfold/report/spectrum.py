@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from sixfold.attention.mixer.spectral import SpectralMixer
-from sixfold.report.figures import _axes, _figure, _finished
+from sixfold.report.plots import blank, panel, with_legend
 from sixfold.report.svg import LIGHT, LOOKS
 
 POINTS = 801
@@ -39,12 +39,12 @@ def plot_frequency_response(model: nn.Module, title: str = "Frequency response")
     Raises ValueError for a model without a spectral mixer.
     """
     mixers = mixers_of(model)
-    figure = _figure(6.4, 2.9 * len(mixers) + 0.4)
+    figure = blank(6.4, 2.9 * len(mixers) + 0.4)
     for place, mixer in enumerate(mixers):
         name = f"{title}, layer {place}" if len(mixers) > 1 else title
-        axes = _axes(figure, (len(mixers), 1, place + 1), name, f"{mixer.kind}, {mixer.order}")
+        axes = panel(figure, (len(mixers), 1, place + 1), name, f"{mixer.kind}, {mixer.order}")
         _responses(axes, mixer)
-    return _finished(figure)
+    return with_legend(figure)
 
 
 @torch.no_grad()

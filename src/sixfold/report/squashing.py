@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sixfold.geometry.resistance import Quartiles
-from sixfold.report.figures import _axes, _figure, _finished
+from sixfold.report.plots import blank, panel, with_legend
 from sixfold.report.svg import LIGHT, LOOKS
 
 MOST = 8
@@ -29,8 +29,8 @@ def plot_sensitivity(models: Mapping[str, Quartiles], title: str = "Sensitivity"
     """
     if not 1 <= len(models) <= MOST:
         raise ValueError(f"models must be 1 to {MOST}, got {len(models)}")
-    figure = _figure(7.2, 3.8)
-    axes = _axes(figure, (1, 1, 1), title, "|| d h_v / d x_u ||")
+    figure = blank(7.2, 3.8)
+    axes = panel(figure, (1, 1, 1), title, "|| d h_v / d x_u ||")
     for (name, found), look in zip(models.items(), LOOKS, strict=False):
         arrives = found.median > 0
         distance = found.distance[arrives].tolist()
@@ -41,4 +41,4 @@ def plot_sensitivity(models: Mapping[str, Quartiles], title: str = "Sensitivity"
         axes.fill_between(distance, low, high, color=LIGHT[look], alpha=0.18, linewidth=0)
     axes.set_yscale("log")
     axes.set_xlabel("hops from u to v")
-    return _finished(figure)
+    return with_legend(figure)
