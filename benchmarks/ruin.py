@@ -131,6 +131,8 @@ def trained(case: Case, recipe: Recipe, seed: int) -> dict[str, float]:
             if seen.stop is not None:
                 counts["given up"] += 1
                 break
+    if governor is not None:
+        governor.detach()  # its copies of the run go now, not when cycles are next collected
     seconds = (time.process_time() - began) / steps
     return {
         "loss, before": untrained(recipe), "loss, after": loss(model.eval(), held_out), "loss, worst batch": worst,
