@@ -260,7 +260,9 @@ def of_nodes(
         tried.append(remembered(
             folder, f"{name}-{like}-try-{i}", lambda c=config: nodes_run(data(0), like, c, seed=1000)
         ))  # fmt: skip
-        print(f"{name} {like} {i}: {tried[-1]} {config}", flush=True)
+        # nobody is to see what a configuration does on the test nodes before one is chosen
+        known = {key: value for key, value in tried[-1].items() if key != "accuracy"}
+        print(f"{name} {like} {i}: {known} {config}", flush=True)
     config = draw(like, chosen(tried), pooled=False)
     return [
         remembered(
