@@ -226,8 +226,11 @@ def test_what_is_no_covariance_is_named():
     wrong[4] = torch.diag(torch.tensor([1.0, -1.0, 1.0]))
     with pytest.raises(ValueError, match=r"covariance must be positive definite.*\(4,\) is not"):
         layer.update(mu, wrong, phi)
-    for broken in (Sigma + torch.ones(D, D).triu(1), Sigma * math.nan):
-        with pytest.raises(ValueError, match="covariance must be symmetric"):
+    for broken, said in (
+        (Sigma + torch.ones(D, D).triu(1), "symmetric"),
+        (Sigma * math.nan, "finite"),
+    ):
+        with pytest.raises(ValueError, match=f"covariance must be {said}"):
             layer.update(mu, broken, phi)
     with pytest.raises(ValueError, match="factor must be lower triangular with a positive"):
         layer.update(mu, phi=phi, factor=-torch.linalg.cholesky(Sigma))

@@ -98,6 +98,7 @@ def test_a_spectral_mixer_tells_what_its_filters_let_pass():
     governor = LeadMetaArchitect(plain, optimizer)
     plain(torch.randint(0, 11, (3, 16))).sum().backward()
     assert "filter_response" not in governor.process_step(1.0).snapshot.signals
+    governor.detach()
 
 
 def test_times_and_speed_are_measured():
@@ -310,7 +311,7 @@ def test_an_optimizer_of_another_model_is_refused():
     _, optimizer = model_and_optimizer()
     with pytest.raises(ValueError, match="this AdamW moves no parameter of this LanguageModel"):
         LeadMetaArchitect(model, optimizer)
-    LeadMetaArchitect(model)
+    LeadMetaArchitect(model).detach()
 
 
 def test_a_model_has_one_governor():
