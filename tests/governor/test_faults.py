@@ -253,6 +253,19 @@ def test_two_governors_give_the_compiler_back_in_any_order():
     assert EAGER.holders == 0
 
 
+def test_a_governor_that_nobody_holds_lets_go_of_the_model_at_once():
+    importlib.import_module("torch._dynamo")
+    model, _ = made()
+    before = EAGER.holders
+    governor = LeadMetaArchitect(model)
+    assert EAGER.holders == before + 1
+    assert model._forward_hooks
+    del governor
+    assert EAGER.holders == before
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+
+
 def test_layers_that_begin_to_learn_are_no_jump():
     model, optimizer = made(1e-3)
     for attention in model.attention:

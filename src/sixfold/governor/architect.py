@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -26,6 +27,13 @@ from sixfold.governor.subject import Subject
 
 MODES = ("act", "observe")
 VIGILANCE = 5
+
+
+def _disarm(known: weakref.ref[Meter]) -> None:
+    """Take a meter's hooks off the model, where there still is one."""
+    meter = known()
+    if meter is not None:
+        meter.disarm()
 
 
 class Seen(NamedTuple):
@@ -100,6 +108,8 @@ class LeadMetaArchitect(Subject):
         self.telemetry, self.journal = self.records.telemetry, self.records.journal
         self._resting = self._broken = False
         ATTACHED.add(self)
+        # the model's hooks know the meter alone, and outlive a governor that nobody holds
+        weakref.finalize(self, _disarm, weakref.ref(meter))
         self._arm()
 
     @property
