@@ -400,7 +400,7 @@ weights hold several matrices of tokens by tokens.
 ## How to repeat it
 
 ```bash
-python benchmarks/ops.py          # about a quarter of an hour; --long to 16,384 tokens, --only NAMES
+python benchmarks/ops.py          # about a quarter of an hour; --lengths 16384, --only NAMES
 python benchmarks/speed.py        # hexagonal layers, the training loop, the import
 python benchmarks/page.py         # this page and its pictures
 ```

@@ -12,21 +12,25 @@ LEAST = 5
 
 
 def interleaved(
-    calls: dict[str, Callable[[], object]], rounds: int, seconds: float = math.inf
+    calls: dict[str, Callable[[], object]],
+    rounds: int,
+    seconds: float = math.inf,
+    least: int = LEAST,
+    warm: int = 2,
 ) -> dict[str, list[float]]:
-    """Seconds of each call, taken in turn; the first two rounds only warm up.
+    """Seconds of each call, taken in turn; the first `warm` rounds only warm up.
 
-    No round begins after `seconds` once `LEAST` have been timed.
+    No round begins after `seconds` once `least` have been timed.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     start = time.perf_counter()
-    for number in range(rounds + 2):
-        if number >= LEAST + 2 and time.perf_counter() - start > seconds:
+    for number in range(rounds + warm):
+        if number >= least + warm and time.perf_counter() - start > seconds:
             break
         for name, call in calls.items():
             began = time.perf_counter()
             call()
-            if number >= 2:
+            if number >= warm:
                 times[name].append(time.perf_counter() - began)
     return times
 

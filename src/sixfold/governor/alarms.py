@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
@@ -23,6 +23,8 @@ ACUTE = ("max_logit", "entropy")
 """Signals that follow from others."""
 CRISIS = 100
 """Steps after a critical alarm in which warnings are answered too."""
+SCATTER = 3.0
+"""Deviations (median absolute) of the last losses that a loss may lie above the first by chance."""
 CLEAR = 0.8
 """An alarm is over when its signal is this far inside its limit."""
 
@@ -87,9 +89,29 @@ def own_median(memory: Memory, signal: str, head: HeadId) -> float | None:
     return statistics.median(values) if values else None
 
 
-def worst_loss(first: float, ratio: float) -> float:
-    """What a loss must not stay above: `ratio` times the first, also where losses are negative."""
-    return first + (ratio - 1) * abs(first)
+def deviation(losses: Sequence[float], middle: float) -> float:
+    """Median distance of losses from their median."""
+    return statistics.median(abs(loss - middle) for loss in losses)
+
+
+def worst_loss(memory: Memory, limits: AlarmLimits) -> float | None:
+    """What a loss must not stay above: ``first + max((ratio - 1) |first|, SCATTER deviation)``.
+
+    The deviation is that of the losses after the first, which may have been a lucky batch: the
+    luckier, the more losses scatter. None before the first loss, and where limits do not ask.
+
+    >>> limits = AlarmLimits(loss_ratio=1.25)
+    >>> worst_loss(Memory(first_loss=2.0, losses=(2.0, 2.1, 2.0, 1.9)), limits)
+    2.5
+    >>> worst_loss(Memory(first_loss=2.0, losses=(2.0, 1.0, 4.0, 2.5)), limits)
+    6.5
+    """
+    first, ratio = memory.first_loss, limits.loss_ratio
+    if first is None or ratio is None:
+        return None
+    later = memory.losses[1:]
+    scatter = deviation(later, statistics.median(later)) if later else 0.0
+    return first + max((ratio - 1) * abs(first), SCATTER * scatter)
 
 
 def remember(memory: Memory, snapshot: Snapshot, limits: AlarmLimits) -> dict[str, Any]:
@@ -100,14 +122,14 @@ def remember(memory: Memory, snapshot: Snapshot, limits: AlarmLimits) -> dict[st
         if signal in snapshot.signals:
             samples = (*samples, snapshot.signals[signal])[-kept:]
         found[series] = samples
-    loss, first = snapshot.loss, memory.first_loss
+    loss, limit = snapshot.loss, worst_loss(memory, limits)
     if math.isfinite(loss):
         found["losses"] = (*memory.losses, loss)[-STEPS:]
-        found["first_loss"] = first = loss if first is None else first
+        found["first_loss"] = loss if memory.first_loss is None else memory.first_loss
     # a loss of NaN is worse, one that is missing is not
     given = not math.isnan(loss) or snapshot.scalars.get("loss_finite") == 0.0
-    if given and first is not None and limits.loss_ratio is not None:
-        worse = not loss <= worst_loss(first, limits.loss_ratio)
+    if given and limit is not None:
+        worse = not loss <= limit
         since = snapshot.step if memory.worse_since is None else memory.worse_since
         found["worse_since"] = since if worse else None
     if "weight_norm" in snapshot.scalars:

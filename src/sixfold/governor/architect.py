@@ -244,7 +244,7 @@ class LeadMetaArchitect(Subject):
         return self.command(commands.reset(self.layers, head, strategy, self.now, self.every + 1))
 
     def mute(self, *signals: str) -> None:
-        """Raise no alarm about these signals from now on.
+        """Raise no alarm about these signals from now on; a resumed run has its own limits again.
 
         Raises ValueError for a signal that does not exist.
         """

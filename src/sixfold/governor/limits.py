@@ -35,8 +35,8 @@ class AlarmLimits:
         frozen: share of the numbers that were to be learned at attach and are so no more.
         rank_distance: part of a layer's input that is not the mean token; below it all tokens are
             one.
-        loss_ratio: loss over the first loss, for `loss_patience` steps: a run that is worse than
-            when it began.
+        loss_ratio: loss over the first loss, for `loss_patience` steps and beyond the scatter of
+            the losses: a run that is worse than when it began.
         loss_patience: steps.
         loss_spike: deviations (median absolute, of 64 steps) above the median that are a notice.
         finite: whether a loss, gradient or logit that is not finite is critical.
@@ -149,7 +149,7 @@ PRESETS = {
             update_ratio=0.2, whole_update=0.05, weight_growth=1.15, weight_jump=3.0,
             weight_fall=0.02,
             sigma_ratio=10.0, gradient_share=1e-6, frozen=0.0, rank_distance=1e-3,
-            loss_ratio=1.5, loss_spike=10.0, finite=True,
+            loss_ratio=1.25, loss_spike=10.0, finite=True,
         ),
     ),
     # the first published rule set: kept to be compared with, it warns on healthy runs

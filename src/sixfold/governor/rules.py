@@ -14,6 +14,7 @@ from sixfold.governor.alarms import (
     STEPS,
     Alarm,
     Memory,
+    deviation,
     history,
     own_median,
     worst_loss,
@@ -59,15 +60,14 @@ def loss_rules(memory: Memory, snapshot: Snapshot, limits: AlarmLimits) -> Itera
     step, loss = snapshot.step, snapshot.loss
     if math.isnan(loss):
         return
-    first, since = memory.first_loss, memory.worse_since
-    if limits.loss_ratio is not None and first is not None and since is not None:
-        limit = worst_loss(first, limits.loss_ratio)
-        if not loss <= limit and step - since >= limits.loss_patience:
-            yield Alarm(step, "critical", "loss", WHOLE, loss, limit)
+    since, worst = memory.worse_since, worst_loss(memory, limits)
+    if since is not None and worst is not None and not loss <= worst:
+        if step - since >= limits.loss_patience:
+            yield Alarm(step, "critical", "loss", WHOLE, loss, worst)
     if limits.loss_spike is not None and len(memory.losses) == STEPS:
         middle = statistics.median(memory.losses)
-        deviation = statistics.median(abs(past - middle) for past in memory.losses)
-        limit = middle + limits.loss_spike * max(deviation, 0.01 * abs(middle))
+        scatter = max(deviation(memory.losses, middle), 0.01 * abs(middle))
+        limit = middle + limits.loss_spike * scatter
         if loss > limit:
             yield Alarm(step, "notice", "loss", WHOLE, loss, limit)
     stalled = limits.loss_stalled

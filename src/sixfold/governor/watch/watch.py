@@ -51,52 +51,6 @@ class Eager:
 EAGER = Eager()
 
 
-class Eager:
-    """Compiled code runs as written while anyone holds it: watches let go in any order."""
-
-    def __init__(self) -> None:
-        self.holders = 0
-        self._stance = ExitStack()
-
-    def hold(self) -> None:
-        """One more wants it."""
-        if self.holders == 0:
-            self._stance.enter_context(torch.compiler.set_stance("force_eager"))
-        self.holders += 1
-
-    def release(self) -> None:
-        """One less does."""
-        self.holders -= 1
-        if self.holders == 0:
-            self._stance.close()
-
-
-EAGER = Eager()
-
-
-class Eager:
-    """Compiled code runs as written while anyone holds it: watches let go in any order."""
-
-    def __init__(self) -> None:
-        self.holders = 0
-        self._stance = ExitStack()
-
-    def hold(self) -> None:
-        """One more wants it."""
-        if self.holders == 0:
-            self._stance.enter_context(torch.compiler.set_stance("force_eager"))
-        self.holders += 1
-
-    def release(self) -> None:
-        """One less does."""
-        self.holders -= 1
-        if self.holders == 0:
-            self._stance.close()
-
-
-EAGER = Eager()
-
-
 def aside() -> AbstractContextManager[object]:
     """What is saved for backward inside is no part of an activation checkpoint around it.
 
