@@ -419,6 +419,18 @@ def test_wrong_mask_types_are_refused(make, tokens):
         layer(x, attn_mask=torch.ones(5, 5, dtype=torch.int64))
     with pytest.raises(ValueError, match="key_mask must be boolean"):
         layer(x, key_mask=torch.ones(2, 5))
+    with pytest.raises(ValueError, match="attn_mask must be a tensor, got ndarray"):
+        layer(x, attn_mask=torch.ones(5, 5, dtype=torch.bool).numpy())
+
+
+def test_inputs_that_cannot_be_meant_are_refused(make, tokens):
+    layer, x = make({}), tokens(2, 5)
+    with pytest.raises(ValueError, match=r"x must be floating, got torch\.int64: embed tokens"):
+        layer(x.long())
+    with pytest.raises(ValueError, match="context has a batch of 3, x one of 2"):
+        layer(x, tokens(3, 4))
+    with pytest.raises(ValueError, match=r"p must be a number in \[1, inf\], got '3'"):
+        make({"score": {"name": "lp", "p": "3"}})
 
 
 @pytest.mark.parametrize(

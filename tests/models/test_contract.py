@@ -71,6 +71,8 @@ def test_layers_may_attend_differently(kind, tiny, inputs):
 def test_wrong_options_are_named(kind, tiny):
     with pytest.raises(ValueError, match=r"unknown mixer 'hexagonl'.*Did you mean 'hexagonal'"):
         models.build(kind, {**tiny.arguments, "attention": {"num_heads": 4, "mixer": "hexagonl"}})
+    with pytest.raises(ValueError, match=r"unknown option 'mixr'.*Did you mean 'mixer'"):
+        models.build(kind, {**tiny.arguments, "attention": {"num_heads": 4, "mixr": "none"}})
     with pytest.raises(ValueError, match="attention lists 1 layers, num_layers is 2"):
         models.build(kind, {**tiny.arguments, "attention": [{"num_heads": 2}]})
     with pytest.raises(ValueError, match="num_layers must be 1 or more, got 0"):

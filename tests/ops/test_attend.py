@@ -187,3 +187,11 @@ def test_dropout_keeps_the_mean_and_drops_the_share(attend):
     # four standard deviations of a binomial share
     assert abs(dropped.double().mean() - rate) < 4 * math.sqrt(rate * (1 - rate) / count)
     torch.testing.assert_close(shown[~dropped], weights[~dropped] / (1 - rate))
+
+
+def test_half_precision_that_sums_beyond_its_range_is_no_nan():
+    query = torch.full((1, 1, 4, 64), 1500.0, dtype=torch.float16)
+    key = torch.full((1, 1, 4, 64), -1500.0, dtype=torch.float16)
+    value = torch.ones(1, 1, 4, 64, dtype=torch.float16)
+    out = fused.attend(Features(query, key, 1e-6), value, Visibility(None, is_causal=False), 0.0)
+    assert torch.equal(out, value)

@@ -21,6 +21,9 @@ def visibility_of(
     Raises ValueError for a shape or dtype that cannot be meant.
     """
     batch, _, n, m = shape
+    for name, mask in (("attn_mask", attn_mask), ("key_mask", key_mask)):
+        if mask is not None and not isinstance(mask, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(mask).__name__}")
     if attn_mask is not None:
         mask = attn_mask[:, None] if attn_mask.ndim == 3 else attn_mask
         axes = zip(mask.shape, (n, m) if mask.ndim == 2 else shape, strict=False)

@@ -204,8 +204,8 @@ class MultiHeadAttention(nn.Module):
             exactly zero in both (the output before any bias).
 
         Raises:
-            ValueError: for masks of the wrong shape, and for a cache, rope or frames of positions
-                with a context.
+            ValueError: for inputs and masks of the wrong shape or kind, and for a cache, rope or
+                frames of positions with a context.
         """
         x, source = self._sources(x, context, cache)
         probe = self.probe if self.training and self.probe is not None else UNWATCHED
@@ -288,9 +288,13 @@ class MultiHeadAttention(nn.Module):
                     f"{name} must be {axes} with d_model {self.heads.d_model}, "
                     f"got {tuple(tokens.shape)}"
                 )
+            if tokens is not None and not tokens.is_floating_point():
+                raise ValueError(f"{name} must be floating, got {tokens.dtype}: embed tokens first")
         if not self.batch_first:
             x = x.transpose(0, 1)
             context = None if context is None else context.transpose(0, 1)
+        if context is not None and len(context) != len(x):
+            raise ValueError(f"context has a batch of {len(context)}, x one of {len(x)}")
         ordered = self.projection.ordered or self.reach.ordered
         ordered = "rope" if self.rope_theta is not None else ordered
         if context is not None and (cache is not None or ordered):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,10 @@ from torch import Tensor, nn
 
 from sixfold.attention.multihead import MultiHeadAttention
 from sixfold.contracts import Cache
+from sixfold.discover import unknown
+
+OPTIONS = tuple(inspect.signature(MultiHeadAttention).parameters)[1:]
+"""What can be said of a layer of attention, beside its width."""
 
 
 class Block(nn.Module):
@@ -66,6 +71,9 @@ def blocks(
     layers = [attention] * num_layers if isinstance(attention, Mapping) else list(attention)
     if len(layers) != num_layers:
         raise ValueError(f"attention lists {len(layers)} layers, num_layers is {num_layers}")
+    for option in (name for options in layers for name in options):
+        if option not in OPTIONS:
+            raise ValueError("attention: " + unknown("option", option, OPTIONS))
     stack = nn.ModuleList(Block(d_model, options, mlp_ratio, dropout) for options in layers)
     for block in stack:
         for writer in (block.attention.output, block.mlp[-1]):
@@ -76,8 +84,14 @@ def blocks(
 def with_defaults(
     attention: Mapping[str, Any] | Sequence[Mapping[str, Any]], num_layers: int, **defaults: Any
 ) -> list[dict[str, Any]]:
-    """Options per layer, `defaults` where a layer does not say otherwise."""
+    """Options per layer, `defaults` where a layer does not say otherwise.
+
+    Raises ValueError for what are no options.
+    """
     layers = [attention] * num_layers if isinstance(attention, Mapping) else attention
+    for options in layers:
+        if not isinstance(options, Mapping):
+            raise ValueError(f"attention must be options like {{'num_heads': 4}}, got {options!r}")
     return [{**defaults, **options} for options in layers]
 
 

@@ -42,12 +42,10 @@ def attend(features: Features, value: Tensor, visibility: Visibility, dropout: f
     )  # fmt: skip
     if query.device.type == "cpu":
         # this kernel gives 0 for a row of NaN: a broken model must not look alive
-        lost = (
-            query.detach().sum(-1, keepdim=True)
-            + key.detach()
-            .sum((-2, -1))
-            .repeat_interleave(query.shape[1] // key.shape[1], dim=1)[..., None, None]
-        )
+        wide = torch.promote_types(query.dtype, torch.float32)  # half precision would overflow
+        asked = query.detach().sum(-1, keepdim=True, dtype=wide)
+        answers = key.detach().sum((-2, -1), dtype=wide)[..., None, None]
+        lost = asked + answers.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         out = out.masked_fill(lost.isnan(), float("nan"))
     # kernels differ on rows that see nothing (zero or NaN by version and device): decide here
     out = out[:, :, empty:, :width]
