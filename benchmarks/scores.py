@@ -64,14 +64,21 @@ def texts() -> dict[str, tuple[str, ...]]:
 
 def trained(name: str, overrides: tuple[str, ...], runs: Path) -> tuple[float, int, str]:
     """Validation loss, parameters and commit of one run, trained unless it is there."""
-    done = [f for f in runs.glob(f"*-{name}") if (f / "checkpoints").exists()]
-    folder = done[0] if done else None
-    if folder is None:
+    done = [folder for folder in runs.glob(f"*-{name}") if validated(folder)]
+    if done:
+        folder = done[0]
+    else:
         settings = recipe.configure(["nanogpt"], None, (*COMMON, *overrides, f"name={name}"))
         folder, _ = run.train(settings, runs)
-    rows = [row for row in run.rows(folder / "metrics.jsonl") if row.get("split") == "validation"]
     facts = json.loads((folder / "environment.json").read_text())
-    return rows[-1]["loss"], facts["parameters"], facts["commit"]
+    return validated(folder)[-1], facts["parameters"], facts["commit"]
+
+
+def validated(folder: Path) -> list[float]:
+    """Validation losses of a run; none of one that was stopped before its first, its only one."""
+    path = folder / "metrics.jsonl"
+    rows = run.rows(path) if path.exists() else []
+    return [row["loss"] for row in rows if row.get("split") == "validation"]
 
 
 def label(*parts: object) -> str:
