@@ -2,8 +2,8 @@
 
 Rows go to results/hierarchy.csv: a causal layer of 8 heads of 64, forward and forward+backward, with far
 tokens condensed, over the same layer that sees all of them, taken in turn: median of the ratios and half
-the distance between the quartiles. From where full attention takes longer than PATIENCE seconds only the
-hierarchical layer is timed, over itself at half the length: 2 is linear, 4 what full attention would do.
+the distance between the quartiles. Beyond LARGEST_FULL tokens only the hierarchical layer is timed, over itself
+at half the length: 2 is linear, 4 what full attention would do.
 """
 
 from __future__ import annotations
@@ -48,9 +48,11 @@ def called(layer: MultiHeadAttention, n: int, mode: str) -> Callable[[], object]
 def rows(n: int, mode: str, rounds: int) -> list[Result]:
     """Every budget beside full attention, or beside itself at half the length."""
     found, built, case = [], layers(), f"b1 h8 n{n} d64 fp32 causal"
+    # a round of long sequences takes a minute: some are few
+    patience = {"seconds": 60, "least": 3, "warm": 1 if n > LENGTHS[2] else 2}
     if n <= LARGEST_FULL:
         times = interleaved(
-            {name: called(one, n, mode) for name, one in built.items()}, rounds, seconds=60
+            {name: called(one, n, mode) for name, one in built.items()}, rounds, **patience
         )
         value, spread = typical(times["full"])
         found.append(Result(mode, case, "full", value, "ms", spread, 1))
@@ -60,7 +62,7 @@ def rows(n: int, mode: str, rounds: int) -> list[Result]:
         return found
     for name, one in list(built.items())[1:]:
         calls = {"half": called(one, n // 2, mode), "whole": called(one, n, mode)}
-        times = interleaved(calls, rounds, seconds=60)
+        times = interleaved(calls, rounds, **patience)
         value, spread = ratio(times["whole"], times["half"])
         found.append(Result(mode, case, f"{name} / half the length", value, "1", spread, 1))
     return found
@@ -68,7 +70,7 @@ def rows(n: int, mode: str, rounds: int) -> list[Result]:
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--longest", type=int, default=LENGTHS[-1])
+    arguments.add_argument("--lengths", nargs="+", type=int, default=LENGTHS)
     arguments.add_argument("--rounds", type=int, default=7)
     arguments.add_argument("--smoke", action="store_true", help="seconds; publishes nothing")
     given = arguments.parse_args()
@@ -76,8 +78,8 @@ def main() -> None:
     threads = torch.get_num_threads()
     device = f"{record.device_name()}, {threads} threads, torch {torch.__version__}"
     settings = record.config_hash({"rounds": given.rounds, "budgets": BUDGETS})
-    for n in (256,) if given.smoke else LENGTHS:
-        for mode in MODES if n <= given.longest else ():
+    for n in (256,) if given.smoke else given.lengths:
+        for mode in MODES:
             done = rows(n, mode, given.rounds)
             for row in done:
                 print(
