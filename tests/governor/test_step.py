@@ -222,10 +222,38 @@ def test_a_lucky_first_batch_is_no_ruin_and_a_fall_from_what_was_learned_is_one(
     scattered = torch.exp(0.5 * torch.randn(400, generator=random)).tolist()
     decided, _ = run([light(i + 1, loss) for i, loss in enumerate([0.5, *scattered])])
     assert not any(a.level != "notice" for d in decided for a in d.alarms)
-    lost = [4.7, 6.8, 7.9, 7.0, 7.3, 7.1, 6.4, 7.5, 9.0, 7.9, 8.0, 6.8]  # of 10.8 by chance
-    decided, _ = run([light(i + 1, loss) for i, loss in enumerate(lost)])
-    raised = [(a.step, a.level) for d in decided for a in d.alarms]
+    lost = [4.7, 6.8, 7.9, 7.0, 4.9, 7.1, 6.4, 7.5, 9.0, 7.9, 8.0, 6.8]  # of 10.8 by chance
+    hot = [light(i + 1, loss, update_ratio=0.01) for i, loss in enumerate(lost)]
+    raised = [(a.step, a.level) for d in run(hot)[0] for a in d.alarms]
     assert raised[0] == (9, "critical")
+    cool = [light(i + 1, loss, update_ratio=1e-4) for i, loss in enumerate(lost)]
+    assert not any(d.alarms for d in run(cool)[0])
+    lost[6] = 4.8  # twice as good as at first is a run that recovers
+    hot = [light(i + 1, loss, update_ratio=0.01) for i, loss in enumerate(lost)]
+    assert not any(d.alarms for d in run(hot)[0])
+
+
+@pytest.mark.parametrize("first", [0.0, 1e-9, -3.0])
+def test_losses_that_begin_at_zero_or_change_sign_have_no_ratio(first):
+    random = torch.Generator().manual_seed(0)
+    around = torch.randn(200, generator=random).tolist()
+    decided, _ = run([light(i + 1, loss) for i, loss in enumerate([first, *around])])
+    assert not any(a.level != "notice" for d in decided for a in d.alarms)
+
+
+def test_losses_are_counted_and_not_the_steps_between_them():
+    told = [2.0, *[4.0 if i % 10 == 0 else math.nan for i in range(100)]]
+    raised = [a.step for d in run([light(i + 1, loss) for i, loss in enumerate(told)])[0]
+              for a in d.alarms]  # fmt: skip
+    assert raised[0] == 72  # the eighth loss above the limit, told at every tenth step
+
+
+def test_a_loss_that_is_too_high_and_falls_is_no_reason_to_stop():
+    limits = replace(DEFAULT, actions=replace(DEFAULT.actions, stop_after=20))
+    high = [light(1, 2.0), *[light(i + 2, 8.0 - 0.03 * i) for i in range(100)]]
+    assert not any(d.stop for d in run(high, limits)[0])
+    stays = [light(1, 2.0), *[light(i + 2, 8.0) for i in range(100)]]
+    assert sum(d.stop is not None for d in run(stays, limits)[0]) == 1
 
 
 def test_what_stays_critical_between_samples_is_said_in_the_end():

@@ -226,8 +226,8 @@ def test_a_learning_rate_far_too_high_is_shielded(tmp_path):
     assert trainer.state.log_history[-2]["learning_rate"] == 1.0
 
 
-LOST = Limits(AlarmLimits(loss_ratio=0.5, loss_patience=1), ActionLimits(stop_after=2))
-"""Calls a run lost whose loss is not halved at once."""
+LOST = Limits(AlarmLimits(rank_distance=2.0), ActionLimits(stop_after=2))
+"""Calls every run lost: no tokens lie that far apart."""
 
 
 class Spoilt(TrainerCallback):
@@ -264,7 +264,7 @@ def test_a_run_that_is_lost_is_stopped_with_the_diagnosis(tmp_path, caplog):
     trainer = trainer_of(tmp_path, made(), callback)
     trainer.train()
     assert trainer.state.global_step == callback.governor.now < 7
-    assert "the loss is worse than when training began" in callback.stopped
+    assert "all tokens have become one" in callback.stopped
     text = [row.get("governor/text", "") for row in trainer.state.log_history]
     assert any(callback.stopped in one for one in text)
     assert callback.stopped in caplog.text
@@ -835,7 +835,7 @@ def test_a_lost_lightning_run_is_stopped_and_can_still_be_saved(library, tmp_pat
     callback = governing(limits=LOST, every=2)
     trainer = fit(library, tmp_path, module_of(library), callback)
     assert trainer.global_step == callback.governor.now < 7
-    assert "the loss is worse than when training began" in callback.stopped
+    assert "all tokens have become one" in callback.stopped
     trainer.save_checkpoint(tmp_path / "after.ckpt")
     assert (tmp_path / "after.ckpt").is_file()
 

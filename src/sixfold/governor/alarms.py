@@ -23,7 +23,7 @@ ACUTE = ("max_logit", "entropy")
 """Signals that follow from others."""
 CRISIS = 100
 """Steps after a critical alarm in which warnings are answered too."""
-SCATTER = 3.0
+SCATTER = 3.5
 """Deviations (median absolute) of the last losses that a loss may lie above the first by chance."""
 CLEAR = 0.8
 """An alarm is over when its signal is this far inside its limit."""
@@ -45,7 +45,8 @@ class Memory:
     """What rules compare with, and what is raised.
 
     The last samples of signals, the last losses, norms of all weights with their steps, shares of
-    the smallest gradient; since when the loss has been worse than at the start.
+    the smallest gradient, shares of all weights that a step moved; since which step the loss has
+    been worse than at the start, for how many losses, and which of them was not.
     """
 
     logits: tuple[PerHead, ...] = ()
@@ -55,8 +56,11 @@ class Memory:
     losses: tuple[float, ...] = ()
     first_loss: float | None = None
     worse_since: int | None = None
+    worse_for: int = 0
+    spared: int | None = None
     weights: tuple[tuple[int, float], ...] = ()
     shares: tuple[float, ...] = ()
+    moved: tuple[float, ...] = ()
     best_speed: float = 0.0
     critical_at: int | None = None
     raised: frozenset[tuple[str, str, int, int]] = frozenset()
@@ -97,21 +101,50 @@ def deviation(losses: Sequence[float], middle: float) -> float:
 def worst_loss(memory: Memory, limits: AlarmLimits) -> float | None:
     """What a loss must not stay above: ``first + max((ratio - 1) |first|, SCATTER deviation)``.
 
-    The deviation is that of the losses after the first, which may have been a lucky batch: the
-    luckier, the more losses scatter. None before the first loss, and where limits do not ask.
+    The ratio is the stricter one while steps go far. The deviation is that of the losses after the
+    first, for that may have been a lucky batch. None where limits do not ask, before the first
+    loss, and where losses change sign, for there is no ratio of them.
 
-    >>> limits = AlarmLimits(loss_ratio=1.25)
+    >>> limits = AlarmLimits(loss_ratio=1.5, hot_loss_ratio=1.25, hot_update=0.003)
     >>> worst_loss(Memory(first_loss=2.0, losses=(2.0, 2.1, 2.0, 1.9)), limits)
+    3.0
+    >>> worst_loss(Memory(first_loss=2.0, losses=(2.0, 2.1, 2.0, 1.9), moved=(0.01,)), limits)
     2.5
     >>> worst_loss(Memory(first_loss=2.0, losses=(2.0, 1.0, 4.0, 2.5)), limits)
-    6.5
+    7.25
     """
     first, ratio = memory.first_loss, limits.loss_ratio
-    if first is None or ratio is None:
+    if not first or ratio is None or any(first * loss < 0 for loss in memory.losses):
         return None
+    if limits.hot_loss_ratio is not None and max(memory.moved, default=0.0) > limits.hot_update:
+        ratio = limits.hot_loss_ratio
     later = memory.losses[1:]
     scatter = deviation(later, statistics.median(later)) if later else 0.0
     return first + max((ratio - 1) * abs(first), SCATTER * scatter)
+
+
+def falling(losses: Sequence[float]) -> bool:
+    """Whether the later half of some losses lies below the earlier one, by more than it scatters.
+
+    >>> falling([3.0, 2.9, 2.8, 2.7, 2.6, 2.5, 2.4, 2.3]), falling([3.0, 2.0, 3.0, 2.0])
+    (True, False)
+    """
+    half = len(losses) // 2
+    if half < 2:
+        return False
+    early, late = statistics.median(losses[:half]), statistics.median(losses[half:])
+    return early - late > deviation(losses[half:], late)
+
+
+def stretch(memory: Memory, step: int, patience: int, *, worse: bool) -> dict[str, int | None]:
+    """Since when losses have been worse than the first: one of `patience` may be better."""
+    since, count, spared = memory.worse_since, memory.worse_for + 1, memory.spared
+    if worse:
+        since = step if since is None else since
+        return {"worse_since": since, "worse_for": count, "spared": spared}
+    if since is not None and (spared is None or count - spared > patience):
+        return {"worse_since": since, "worse_for": count, "spared": count}
+    return {"worse_since": None, "worse_for": 0, "spared": None}
 
 
 def remember(memory: Memory, snapshot: Snapshot, limits: AlarmLimits) -> dict[str, Any]:
@@ -129,14 +162,14 @@ def remember(memory: Memory, snapshot: Snapshot, limits: AlarmLimits) -> dict[st
     # a loss of NaN is worse, one that is missing is not
     given = not math.isnan(loss) or snapshot.scalars.get("loss_finite") == 0.0
     if given and limit is not None:
-        worse = not loss <= limit
-        since = snapshot.step if memory.worse_since is None else memory.worse_since
-        found["worse_since"] = since if worse else None
+        found |= stretch(memory, snapshot.step, limits.loss_patience, worse=not loss <= limit)
     if "weight_norm" in snapshot.scalars:
         now = (snapshot.step, snapshot.scalars["weight_norm"])
         found["weights"] = (*memory.weights, now)[-FALLS - 1 :]
     if "gradient_share" in snapshot.scalars:
         found["shares"] = (*memory.shares, snapshot.scalars["gradient_share"])[-SHORT:]
+    if "update_ratio" in snapshot.scalars:
+        found["moved"] = (*memory.moved, snapshot.scalars["update_ratio"])[-SHORT:]
     speed = snapshot.scalars.get("tokens_per_s", 0.0)
     return found | {"best_speed": max(memory.best_speed, speed)}
 
@@ -213,6 +246,6 @@ def load_memory(values: Mapping[str, Any]) -> Memory:
         (level, signal, layer, head) for level, signal, layer, head in values["raised"]
     )
     series = {name: frozen(values[name]) for name in SERIES}
-    plain = {name: tuple(values[name]) for name in ("losses", "shares")}
+    plain = {name: tuple(values[name]) for name in ("losses", "shares", "moved")}
     plain |= {"weights": tuple((step, norm) for step, norm in values["weights"])}
     return Memory(**{**values, **series, **plain, "raised": raised})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from sixfold.discover import unknown
@@ -35,9 +36,12 @@ class AlarmLimits:
         frozen: share of the numbers that were to be learned at attach and are so no more.
         rank_distance: part of a layer's input that is not the mean token; below it all tokens are
             one.
-        loss_ratio: loss over the first loss, for `loss_patience` steps and beyond the scatter of
-            the losses: a run that is worse than when it began.
-        loss_patience: steps.
+        loss_ratio: loss over the first loss, `loss_patience` times and beyond the scatter of the
+            losses: a run that is worse than when it began.
+        hot_loss_ratio: the same where steps move all weights by more than `hot_update` of
+            themselves: what began far below chance is lost before it is half as bad again.
+        hot_update: see there.
+        loss_patience: losses; one of them may be better.
         loss_spike: deviations (median absolute, of 64 steps) above the median that are a notice.
         finite: whether a loss, gradient or logit that is not finite is critical.
         weight_update: smallest and largest update ratio of a head.
@@ -67,6 +71,8 @@ class AlarmLimits:
     frozen: float | None = None
     rank_distance: float | None = None
     loss_ratio: float | None = None
+    hot_loss_ratio: float | None = None
+    hot_update: float = 0.003
     loss_patience: int = 7
     loss_spike: float | None = None
     finite: bool = False
@@ -75,6 +81,20 @@ class AlarmLimits:
     mixing_us: float | None = None
     throughput_drop: float | None = None
     muted: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("loss_ratio", "hot_loss_ratio"):
+            ratio = getattr(self, name)
+            if ratio is not None and not (isinstance(ratio, int | float) and 1 < ratio < math.inf):
+                raise ValueError(f"{name} must be None or a finite number above 1, got {ratio!r}")
+        if self.loss_patience < 1:
+            raise ValueError(f"loss_patience must be 1 or more, got {self.loss_patience}")
+        for name in ("gradient", "weight_update"):
+            between = getattr(self, name)
+            if between is not None and not (isinstance(between, tuple) and len(between) == 2):
+                raise ValueError(f"{name} must be None or (smallest, largest), got {between!r}")
+        if isinstance(self.muted, str):
+            raise ValueError(f"muted must be a tuple of signals, got {self.muted!r}")
 
 
 @dataclass(frozen=True)
@@ -120,8 +140,12 @@ class ActionLimits:
         for name in ("clip_to", "shield_to"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.snapshot_every < 1:
-            raise ValueError(f"snapshot_every must be 1 or more, got {self.snapshot_every}")
+        for name in ("within", "snapshot_every", "shield_steps", "entropy_steps", "stop_after"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        for name in ("cooldown", "budget", "hard_after", "rollbacks", "margin"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -149,7 +173,7 @@ PRESETS = {
             update_ratio=0.2, whole_update=0.05, weight_growth=1.15, weight_jump=3.0,
             weight_fall=0.02,
             sigma_ratio=10.0, gradient_share=1e-6, frozen=0.0, rank_distance=1e-3,
-            loss_ratio=1.25, loss_spike=10.0, finite=True,
+            loss_ratio=1.5, hot_loss_ratio=1.25, loss_spike=10.0, finite=True,
         ),
     ),
     # the first published rule set: kept to be compared with, it warns on healthy runs

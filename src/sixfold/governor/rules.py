@@ -60,10 +60,10 @@ def loss_rules(memory: Memory, snapshot: Snapshot, limits: AlarmLimits) -> Itera
     step, loss = snapshot.step, snapshot.loss
     if math.isnan(loss):
         return
-    since, worst = memory.worse_since, worst_loss(memory, limits)
-    if since is not None and worst is not None and not loss <= worst:
-        if step - since >= limits.loss_patience:
-            yield Alarm(step, "critical", "loss", WHOLE, loss, worst)
+    worst = worst_loss(memory, limits)
+    # losses are counted, not steps: some runs are told of one only now and then
+    if memory.worse_for >= limits.loss_patience and worst is not None and not loss <= worst:
+        yield Alarm(step, "critical", "loss", WHOLE, loss, worst)
     if limits.loss_spike is not None and len(memory.losses) == STEPS:
         middle = statistics.median(memory.losses)
         scatter = max(deviation(memory.losses, middle), 0.01 * abs(middle))

@@ -96,7 +96,7 @@ def step(state: State, snapshot: Snapshot, limits: Limits) -> tuple[State, Decis
             applied.append(Applied(count, change, alarm))
             history = noted(history, snapshot.step, change)
             pending = [*pending, Pending(count, change, snapshot.step)]
-        elif alarm.level == "critical" and not situation.waits():
+        elif alarm.level == "critical" and not situation.waits() and not recovers(alarm, memory):
             helpless = alarm
     back = next((item for item in applied if isinstance(item.change, Rollback)), None)
     if back is not None:
@@ -104,6 +104,8 @@ def step(state: State, snapshot: Snapshot, limits: Limits) -> tuple[State, Decis
         # since then is gone with it
         applied = [back]
         pending = [p for p in pending if p.number == back.number or survives(p, back.change.to)]
+        # the next loss that is better shows that the run is well again
+        memory = replace(memory, spared=memory.worse_for)
         shield = ladder.cooler(back.alarm, state.history, limits.actions)
         if shield is not None:
             count += 1
@@ -141,6 +143,11 @@ def patience(
     if now - since < patience:
         return since, None
     return since, ladder.diagnosis(helpless, state.history)
+
+
+def recovers(alarm: Alarm, memory: Memory) -> bool:
+    """Whether what is wrong becomes better by itself: a loss that is too high, and falls."""
+    return alarm.signal == "loss" and math.isfinite(alarm.value) and alarms.falling(memory.losses)
 
 
 def kept_copies(
