@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from sixfold.contracts import WHOLE, Snapshot
-from sixfold.governor.alarms import Alarm
-from sixfold.governor.ladder import still_needed
+from sixfold.governor.alarms import Alarm, Memory
+from sixfold.governor.ladder import Situation, back, still_needed
 from sixfold.governor.limits import preset
 from sixfold.governor.protocols import learning_rate_shield
 from sixfold.governor.state import State
@@ -125,3 +125,24 @@ def test_a_shield_stays_where_the_rate_behind_it_would_alarm_again(ratio, needed
     limits = replace(REWINDING, alarms=replace(REWINDING.alarms, update_ratio=0.05))
     # half of 0.05 behind a factor of 4
     assert still_needed(shield, now, State().memory, limits) is needed
+
+
+@pytest.mark.parametrize(("done", "to"), [(0, 40), (1, 20), (2, 0), (3, 0)])
+def test_each_return_goes_one_copy_further_back(done, to):
+    alarm = Alarm(60, "critical", "loss", WHOLE, 9.0, 3.0)
+    history = tuple((50 + n, "rollback", WHOLE) for n in range(done))
+    memory = Memory(worse_since=55)
+    now = Situation(
+        alarm, memory, Snapshot(60, 9.0, {}, {}, {}), history, (), (), (0, 20, 40), REWINDING
+    )
+    change = back(now)
+    assert (change.to, change.since) == (to, 54)
+
+
+def test_no_copy_is_kept_while_the_loss_is_worse_than_at_first():
+    rows = [{"loss": 2.0}, *[{"loss": 2.0} for _ in range(7)], {"loss": 9.0}, {"loss": 9.0}]
+    state = State()
+    for number, row in enumerate(rows):
+        now = Snapshot(20 * number + 1, row["loss"], {}, {}, {})
+        state, _ = step(state, now._replace(step=max(20 * number, 1)), REWINDING)
+    assert state.snapshots == (100, 120, 140)

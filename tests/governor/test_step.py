@@ -207,7 +207,7 @@ def light(number: int, loss: float, **scalars: float) -> Snapshot:
     return Snapshot(number, loss, {}, scalars, {})
 
 
-@pytest.mark.parametrize("losses", [(-6.8, -7.5), (-1.0, -1.2), (2.0, 2.4)])
+@pytest.mark.parametrize("losses", [(-6.8, -7.5), (-1.0, -1.2), (-1.0, -0.9), (2.0, 2.4)])
 def test_losses_may_be_negative(losses):
     first, later = losses
     decided, _ = run([light(i + 1, first if i == 0 else later) for i in range(60)])
