@@ -344,7 +344,7 @@ def test_options_are_saved_and_loaded(tmp_path):
         ("l1", {"rte": 1.0}, "unknown option of config.sixfold 'rte'.*Did you mean 'rate'"),
         ("l1", {"p": 3.0}, "score 'l1': unknown option 'p'"),
         ("dot", {"rate": 1.0}, "score 'dot': unknown option 'rate'"),
-        ("lp", {"p": 0.5}, r"score 'lp': p must be in \[1, inf\], got 0.5"),
+        ("lp", {"p": 0.5}, r"score 'lp': p must be a number in \[1, inf\], got 0.5"),
         ("l2", {"rate": -1.0}, "rate must be positive and finite, got -1.0"),
     ],
 )

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from sixfold.contracts import Features, Observation, Visibility
 from sixfold.governor.watch.layout import LATEST, Layout, Product, Share, product
 from sixfold.ops.attend.reference import restrict, visible
+from sixfold.ops.attend.show import show
 
 SEEN = "F.scaled_dot_product_attention, F.multi_head_attention_forward and flex_attention"
 LARGEST_MASK = 2**26
@@ -30,12 +31,26 @@ class Unreadable(ValueError):
     """A call of attention that cannot be told in queries, keys and a mask; says why."""
 
 
+Points = tuple[Tensor, Tensor, Tensor]
+"""Queries (b, h, n, d), keys and values (b, h_kv, m, d)."""
+
+
 class Sight(NamedTuple):
-    """A call of attention: what a probe observes, values, and the layout where it is plain."""
+    """A call of attention: what a probe observes, and what tells whose weights made it.
+
+    points: what is rated, to be traced to weights; None where nothing is to be traced. layout: the
+    rows, where they are plain. score: what rated them; None for a scaled dot product of PyTorch's.
+    """
 
     observation: Observation
-    value: Tensor | None = None
+    points: Points | None = None
     layout: Layout | None = None
+    score: nn.Module | None = None
+
+
+def of_show(observation: Observation, points: Points, score: nn.Module) -> Sight:
+    """Take what our attention shows inside a model of Hugging Face."""
+    return Sight(observation, points, None, score)
 
 
 def of_sdpa(
@@ -55,7 +70,8 @@ def of_sdpa(
         attn_mask = torch.ones(n, m, dtype=torch.bool, device=query.device).tril()
         is_causal = False
     rating = Features(query, key, query.shape[-1] ** -0.5 if scale is None else scale)
-    return Sight(Observation(rating, Visibility(hiding(attn_mask), is_causal)), value)
+    visibility = Visibility(hiding(attn_mask), is_causal)
+    return Sight(Observation(rating, visibility), (query, key, value))
 
 
 def check_axes(query: Tensor, key: Tensor) -> None:
@@ -87,7 +103,8 @@ def of_flex(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Sight:
         if h * n * m > LARGEST_MASK:
             raise Unreadable(f"the block mask of flex_attention has {h} x {n} x {m} entries")
         mask = flex.create_mask(mask_mod, 1, h, n, m, query.device)
-    return Sight(Observation(Features(query, key, scale), Visibility(mask, is_causal=False)), value)
+    rating, visibility = Features(query, key, scale), Visibility(mask, is_causal=False)
+    return Sight(Observation(rating, visibility), (query, key, value))
 
 
 MHA = inspect.signature(F.multi_head_attention_forward)
@@ -165,6 +182,7 @@ def mha_visibility(asked: dict[str, Any], rating: Features) -> Visibility:
 READ: dict[Any, Callable[..., Sight]] = {
     F.scaled_dot_product_attention: of_sdpa,
     F.multi_head_attention_forward: of_mha,
+    show: of_show,
 }
 PRODUCTS: dict[Any, int] = {torch.addmm: 3} | dict.fromkeys(
     (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm), 2

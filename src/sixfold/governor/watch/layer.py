@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sixfold.attention.multihead import MultiHeadAttention
 from sixfold.attention.projection.coordinate import CoordinateProjection
 from sixfold.attention.projection.linear import LinearProjection
+from sixfold.attention.score.dot import Dot
 from sixfold.geometry.hexgrid import HexGrid
 from sixfold.governor.watch.capture import Sight
 from sixfold.governor.watch.layout import Layout, Piece, Product, Share, Untraced, trace
@@ -157,13 +158,13 @@ class Foreign:
     grid = None
 
     def __init__(self, name: str, module: nn.Module, sight: Sight) -> None:
-        rating = sight.observation.rating
+        query, key, *_ = sight.points or sight.observation.rating
         self.name, self.module = name, module
-        self.num_heads, self._key_heads = rating.query.shape[1], rating.key.shape[1]
-        self.layout = sight.layout
+        self.num_heads, self._key_heads = query.shape[1], key.shape[1]
+        self.layout, self.score = sight.layout, sight.score
         self.shared: Sequence[nn.Parameter] = ()
-        self._untraced = "no pass was traced yet" if sight.value is not None else UNPLAIN
-        self._tries = 0 if self.layout is None and sight.value is not None else TRIES
+        self._untraced = "no pass was traced yet" if sight.points is not None else UNPLAIN
+        self._tries = 0 if self.layout is None and sight.points is not None else TRIES
 
     @property
     def undecided(self) -> bool:
@@ -176,23 +177,33 @@ class Foreign:
         return self._key_heads if self.layout is None else len(self.layout["k"])
 
     @property
+    def has_own_score(self) -> bool:
+        """Whether its score, which scales heads by itself, is a part of it."""
+        return any(part is self.score for part in self.module.modules())
+
+    @property
     def refusal(self) -> str | None:
         """Why its weights are left alone; None where they were verified."""
         adapter = adapter_in(self.module)
         if adapter is not None:
             return f"{adapter} adds to its weights: no one weight makes its heads"
+        if not (self.score is None or isinstance(self.score, Dot) or self.has_own_score):
+            return (
+                f"no power of its weights scales the logits of {type(self.score).__name__}, and "
+                "the layer has no rate of its own: sixfold.integrations.convert gives it one"
+            )
         return self._untraced if self.layout is None else untouchable(self.layout, self.shared)
 
     @property
     def scales(self) -> bool:
-        """Where its weights may be touched."""
-        return self.refusal is None
+        """Where its weights may be touched, and beside them by a score of its own."""
+        return self.refusal is None or self.has_own_score
 
     def trace(self, sight: Sight, products: Sequence[Product]) -> None:
         """Try to find the rows of a weight that make each head."""
-        rating, self._tries = sight.observation.rating, self._tries + 1
+        self._tries += 1
         try:
-            self.layout = trace(rating.query, rating.key, sight.value, products)
+            self.layout = trace(*sight.points, products)
             self._tries = TRIES
         except Untraced as reason:
             self._untraced = str(reason)
@@ -223,14 +234,18 @@ class Foreign:
         return pieces_of(self.layout, head)
 
     def scale_head_(self, head: int, power: int) -> None:
-        """Multiply the logits of one head by 2**power, through its weights.
+        """Multiply the logits of one head by 2**power, by its own score or through its weights.
 
-        A key head of its own takes half of the power, rounded to zero so that the opposite power
-        takes back the same; a shared one takes none, and W_Q the rest. Whole powers of two change
-        exponents alone: what is taken back is restored to the bit.
+        Of weights a key head of its own takes half of the power, rounded to zero so that the
+        opposite power takes back the same; a shared one takes none, and W_Q the rest. Whole powers
+        of two change exponents alone: what is taken back is restored to the bit.
         Raises ValueError with the refusal, and where a weight's exponents have no room for it.
         Source: Kimi K2, arXiv 2507.20534, section 2.1 (QK-Clip).
         """
+        if self.has_own_score:
+            check_head(head, self.num_heads)
+            self.score.scale_head_(head, power)
+            return
         found = self.pieces(head)
         theirs = int(power / 2) if self.num_kv_heads == self.num_heads else 0
         scaled = []

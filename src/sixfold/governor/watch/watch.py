@@ -24,8 +24,8 @@ from sixfold.governor.watch.layer import Foreign, Layer, Own
 from sixfold.governor.watch.layout import Product
 from sixfold.governor.watch.probe import LayerProbe
 
-VISIBLE = ("sdpa", "flex_attention")
-"""Implementations of transformers that come to a function of PyTorch."""
+VISIBLE = ("sdpa", "flex_attention", "sixfold_")
+"""How implementations of transformers begin that come to a function of PyTorch, or show it."""
 
 
 class Eager:
@@ -237,6 +237,7 @@ class Watch:
         if number == len(self.layers):
             self.layers.append(Foreign(self._paths[module], module, sight))
         layer, probe = self.layers[number], self._probe(number)
+        layer.score = sight.score  # a model may have been converted since
         if layer.undecided and products is not None:
             layer.trace(sight, products)
         if probe is not None:
@@ -271,5 +272,5 @@ def hidden_implementations(model: nn.Module) -> set[tuple[str, str, bool]]:
     return {
         (type(part).__name__, name, part._supports_sdpa)
         for part, name in names
-        if name not in (None, *VISIBLE)
+        if name is not None and not name.startswith(VISIBLE)
     }

@@ -18,10 +18,11 @@ from sixfold import discover
 from sixfold.attention.masks import visibility_of
 from sixfold.attention.multihead import build_part
 from sixfold.attention.score.dot import Dot
-from sixfold.contracts import Features, Heads, Rating, Visibility
+from sixfold.contracts import Features, Heads, Observation, Rating, Visibility
 from sixfold.integrations.convert._stand_in import OWN
 from sixfold.ops.attend import choose, reference
-from sixfold.ops.attend.logits import reshaped
+from sixfold.ops.attend.logits import explicit, reshaped
+from sixfold.ops.attend.show import show
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -125,7 +126,11 @@ def attention_by(score: str) -> Callable[..., Attended]:
         rating = stretched(call, part(query, part.keys(key)), query.shape[-1])
         check_reshaped(call, part, rating)
         cap, sinks = asked.get("softcap"), asked.get("s_aux")
-        rating, value, visibility = reshaped(rating, value, visibility, cap, sinks)
+        if cap is not None:
+            rating, visibility = explicit(rating, visibility, cap)
+        # what heads say of keys: no clip could lower a sink
+        show(Observation(rating, visibility, part.signed), (query, key, value), part)
+        rating, value, visibility = reshaped(rating, value, visibility, None, sinks)
         dropout = asked.get("dropout") or 0.0
         out = choose.attend(rating, value, visibility, dropout).transpose(1, 2).contiguous()
         if not asked.get("output_attentions"):
