@@ -146,3 +146,19 @@ def test_no_copy_is_kept_while_the_loss_is_worse_than_at_first():
         now = Snapshot(20 * number + 1, row["loss"], {}, {}, {})
         state, _ = step(state, now._replace(step=max(20 * number, 1)), REWINDING)
     assert state.snapshots == (100, 120, 140)
+
+
+def test_losses_of_the_run_that_was_given_up_are_forgotten():
+    rows = [{"loss": 2.0} for _ in range(20)] + [{"loss": 9.0 * (1 + n % 3)} for n in range(8)]
+    state = State()
+    for number, row in enumerate(rows):
+        now = Snapshot(number + 1, row["loss"], {}, {}, {})
+        state, made = step(state, now, REWINDING)
+    assert [item.change.name for item in made.applied] == ["rollback"]
+    assert state.memory.losses == (2.0,) * 20
+    again = [Snapshot(29 + n, loss, {}, {}, {}) for n, loss in enumerate([2.0, *[4.0] * 30])]
+    names = []
+    for now in again:
+        state, made = step(state, now, REWINDING)
+        names += [(now.step, item.change.name) for item in made.applied]
+    assert names[:2] == [(38, "rollback"), (38, "learning_rate_shield")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
 from sixfold.contracts import WHOLE, HeadId, PerHead, Snapshot
@@ -145,6 +145,15 @@ def stretch(memory: Memory, step: int, patience: int, *, worse: bool) -> dict[st
     if since is not None and (spared is None or count - spared > patience):
         return {"worse_since": since, "worse_for": count, "spared": count}
     return {"worse_since": None, "worse_for": 0, "spared": None}
+
+
+def gone_back(memory: Memory) -> Memory:
+    """The memory after a return: the losses that were worse belong to what was given up.
+
+    The next loss that is better shows that the run is well again.
+    """
+    kept = memory.losses[: max(len(memory.losses) - memory.worse_for, 0)]
+    return replace(memory, losses=kept, spared=memory.worse_for)
 
 
 def remember(memory: Memory, snapshot: Snapshot, limits: AlarmLimits) -> dict[str, Any]:

@@ -252,14 +252,18 @@ def worse_than_ever(now: Situation) -> Change | None:
 
 
 def cooler(
-    returned: Alarm, history: tuple[tuple[int, str, HeadId], ...], actions: ActionLimits
+    returned: Alarm,
+    history: tuple[tuple[int, str, HeadId], ...],
+    memory: Memory,
+    actions: ActionLimits,
 ) -> Change | None:
-    """A shield beside a return for a loss, where one return alone has not helped just before.
+    """A shield beside a return for a loss, where it went wrong again soon after the last one.
 
     The batches that were left out were then not what is wrong: what is left is how far steps go.
     """
     before = [when for when, name, _ in history if name == "rollback"]
-    if returned.signal != "loss" or not before or returned.step - before[-1] > actions.within:
+    began = returned.step if memory.worse_since is None else memory.worse_since
+    if returned.signal != "loss" or not before or began - before[-1] > actions.within:
         return None
     return learning_rate_shield.build(returned, COOLER, actions)
 

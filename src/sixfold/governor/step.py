@@ -104,14 +104,13 @@ def step(state: State, snapshot: Snapshot, limits: Limits) -> tuple[State, Decis
         # since then is gone with it
         applied = [back]
         pending = [p for p in pending if p.number == back.number or survives(p, back.change.to)]
-        # the next loss that is better shows that the run is well again
-        memory = replace(memory, spared=memory.worse_for)
-        shield = ladder.cooler(back.alarm, state.history, limits.actions)
+        shield = ladder.cooler(back.alarm, state.history, memory, limits.actions)
         if shield is not None:
             count += 1
             applied.append(Applied(count, shield, back.alarm))
             history = noted(history, snapshot.step, shield)
             pending = [*pending, Pending(count, shield, snapshot.step)]
+        memory = alarms.gone_back(memory)
     since, stop = patience(state, snapshot, helpless, limits)
     copies = kept_copies(state.snapshots, snapshot, memory, applied, limits)
     # what is only said is not in force: nothing of it can be judged or taken back
