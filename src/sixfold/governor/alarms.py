@@ -23,8 +23,10 @@ ACUTE = ("max_logit", "entropy")
 """Signals that follow from others."""
 CRISIS = 100
 """Steps after a critical alarm in which warnings are answered too."""
-SCATTER = 3.5
-"""Deviations (median absolute) of the last losses that a loss may lie above the first by chance."""
+SCATTER = 4.0
+"""Deviations (median absolute) of the losses by which one may lie above the first by chance."""
+EARLY, EARLY_SCATTER = 8, 3.0
+"""The same where fewer losses than this are known from before it was worse, of all together."""
 CLEAR = 0.8
 """An alarm is over when its signal is this far inside its limit."""
 
@@ -102,8 +104,8 @@ def worst_loss(memory: Memory, limits: AlarmLimits) -> float | None:
     """What a loss must not stay above: ``first + max((ratio - 1) |first|, SCATTER deviation)``.
 
     The ratio is the stricter one while steps go far. The deviation is that of the losses after the
-    first, for that may have been a lucky batch. None where limits do not ask, before the first
-    loss, and where losses change sign, for there is no ratio of them.
+    first, which may have been a lucky batch, and before they were worse. None where limits do not
+    ask, before the first loss, and where losses change sign, for there is no ratio of them.
 
     >>> limits = AlarmLimits(loss_ratio=1.5, hot_loss_ratio=1.25, hot_update=0.003)
     >>> worst_loss(Memory(first_loss=2.0, losses=(2.0, 2.1, 2.0, 1.9)), limits)
@@ -111,7 +113,7 @@ def worst_loss(memory: Memory, limits: AlarmLimits) -> float | None:
     >>> worst_loss(Memory(first_loss=2.0, losses=(2.0, 2.1, 2.0, 1.9), moved=(0.01,)), limits)
     2.5
     >>> worst_loss(Memory(first_loss=2.0, losses=(2.0, 1.0, 4.0, 2.5)), limits)
-    7.25
+    6.5
     """
     first, ratio = memory.first_loss, limits.loss_ratio
     if not first or ratio is None or any(first * loss < 0 for loss in memory.losses):
@@ -119,8 +121,10 @@ def worst_loss(memory: Memory, limits: AlarmLimits) -> float | None:
     if limits.hot_loss_ratio is not None and max(memory.moved, default=0.0) > limits.hot_update:
         ratio = limits.hot_loss_ratio
     later = memory.losses[1:]
-    scatter = deviation(later, statistics.median(later)) if later else 0.0
-    return first + max((ratio - 1) * abs(first), SCATTER * scatter)
+    before = later[: max(len(later) - memory.worse_for, 0)]
+    factor, known = (EARLY_SCATTER, later) if len(before) < EARLY else (SCATTER, before)
+    scatter = factor * deviation(known, statistics.median(known)) if known else 0.0
+    return first + max((ratio - 1) * abs(first), scatter)
 
 
 def falling(losses: Sequence[float]) -> bool:
