@@ -312,7 +312,9 @@ def _dots(line: Line, frame: Frame, axes: Axes) -> str:
         f"{escape(line.label)} {number(y)} at {axes.along} {number(int(x))}</title></circle>"
         for x, y in points
     )
-    thread = f'<path class="thin" d="{_path(with_gaps(points), frame)}"/>' if points else ""
+    # what grows by factors keeps no rhythm that a pause could be seen by
+    joined = points if axes.spacing == "log" else with_gaps(points)
+    thread = f'<path class="thin" d="{_path(joined, frame)}"/>' if points else ""
     return f'<g class="{line.look}">{thread}{"".join(dots)}</g>'
 
 
