@@ -207,6 +207,26 @@ def test_a_cache_gives_back_what_was_put_in(tokens):
     assert torch.equal(again, torch.cat([torch.cat(pieces, 1)[:, :4], pieces[-1]], 1))
 
 
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("shape", [(1, 3, 5, 4), (2, 1, 5, 4), (2, 3, 5, 6)])
+def test_a_cache_holds_one_batch_of_one_layer(shape, learns):
+    cache = KeyValueCache()
+    cache.append("key", torch.zeros(2, 3, 7, 4, requires_grad=learns))
+    with pytest.raises(ValueError, match=r"cache holds key of \(batch, heads, width\) \(2, 3, 4\)"):
+        cache.append("key", torch.zeros(shape, requires_grad=learns))
+    assert cache.entry("key").shape == (2, 3, 7, 4)
+
+
+@pytest.mark.parametrize("rows", [[0], torch.tensor([[0]]), torch.tensor([True]), torch.zeros(2)])
+def test_a_cache_is_reordered_by_rows(rows):
+    cache = KeyValueCache()
+    cache.append("key", torch.arange(2.0).reshape(2, 1, 1, 1))
+    with pytest.raises(ValueError, match=r"rows must be a tensor \(b,\) of int64 or int32, got"):
+        cache.reorder(rows)
+    cache.reorder(torch.tensor([1, 1, 0]))
+    assert cache.entry("key").flatten().tolist() == [1, 1, 0]
+
+
 # ---------------------------------------------------------------- the seed's class
 
 
@@ -387,7 +407,16 @@ def test_wrong_widths_are_refused(make, shape):
         ({"projection": "hypernetwork"}, "'hypernetwork'.*no hexagonal grid has 6 heads.*7"),
         ({"mixer": "hexagonal"}, "'hexagonal'.*no hexagonal grid has 6 heads.*7"),
         ({"mixer": "random"}, "'random'.*no hexagonal grid has 6 heads.*7"),
-        ({"softcap": 0.0}, "softcap must be positive, got 0.0"),
+        ({"softcap": 0.0}, "softcap must be positive and finite, or None, got 0.0"),
+        ({"softcap": math.inf}, "softcap must be positive and finite, or None, got inf"),
+        ({"softcap": math.nan}, "softcap must be positive and finite, or None, got nan"),
+        ({"softcap": "a"}, "softcap must be positive and finite, or None, got 'a'"),
+        ({"rope_theta": "a"}, "rope_theta must be positive and finite, or None, got 'a'"),
+        ({"dropout": "a"}, r"dropout must be in \[0, 1\), got 'a'"),
+        ({"dropout": None}, r"dropout must be in \[0, 1\), got None"),
+        ({"d_model": None}, "d_model must be a whole number of 1 or more, got None"),
+        ({"num_heads": None}, "num_heads must be a whole number of 1 or more, got None"),
+        ({"num_heads": True}, "num_heads must be a whole number of 1 or more, got True"),
         ({"softcap": 9.0, "impl": "fused"}, "softcap of score 'dot'.*impl 'fused' never holds"),
         ({"sinks": True, "score": "l1", "impl": "tiled"}, "sinks of score 'l1'.*impl 'tiled'"),
         ({"sinks": True, "score": "l2_squared"}, "sinks cannot be used with score 'l2_squared'"),

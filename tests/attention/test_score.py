@@ -290,8 +290,11 @@ def test_a_fixed_rate_is_no_parameter(name):
 @pytest.mark.parametrize(
     ("part", "says"),
     [
-        ({"name": "lp", "p": 0.5}, "score 'lp': p must be in \\[1, inf\\], got 0.5"),
-        ({"name": "lp", "p": math.nan}, "p must be in \\[1, inf\\], got nan"),
+        ({"name": "lp", "p": 0.5}, "score 'lp': p must be a number in \\[1, inf\\], got 0.5"),
+        ({"name": "lp", "p": math.nan}, "p must be a number in \\[1, inf\\], got nan"),
+        ({"name": "lp", "p": True}, "p must be a number in \\[1, inf\\], got True"),
+        ({"name": "cosine", "rate": "a"}, "'cosine': rate must be positive and finite, got 'a'"),
+        ({"name": "kl", "rate": "a"}, "score 'kl': rate must be positive and finite, got 'a'"),
         ({"name": "l1", "rate": -1.0}, "score 'l1': rate must be positive and finite, got -1.0"),
         ({"name": "l3"}, "unknown score 'l3'; choose from: chebyshev, cosine, dot"),
         ({"name": "dot", "rate": 1.0}, "score 'dot': unknown option 'rate'"),

@@ -1,12 +1,21 @@
 from __future__ import annotations
 
+import copy
+import io
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from torch.utils.hooks import RemovableHandle
 
-from sixfold import HexagonalMultiHeadAttention, LanguageModel, LeadMetaArchitect
+from sixfold import (
+    HexagonalMultiHeadAttention,
+    LanguageModel,
+    LeadMetaArchitect,
+    MultiHeadAttention,
+)
 from sixfold.contracts import HeadId, Visibility
 from sixfold.governor import journal
 from sixfold.governor.limits import ActionLimits, AlarmLimits, Limits
@@ -285,14 +294,84 @@ def test_the_first_call_needs_neither_optimizer_nor_loss():
     ("options", "message"),
     [
         ({"mode": "atc"}, "unknown governor.mode 'atc'; choose from: act, observe"),
-        ({"every": 0}, "governor.every must be 1 or more"),
+        ({"every": 0}, "governor.every must be a whole number of 1 or more, got 0"),
+        ({"every": 2.5}, "governor.every must be a whole number of 1 or more, got 2.5"),
         ({"limits": "sed"}, "Did you mean 'seed'"),
+        ({"limits": None}, "limits must be a preset's name or Limits, got None"),
+        ({"limits": {}}, "limits must be a preset's name or Limits, got {}"),
+        ({"optimizer": "adam"}, "optimizer must be a torch.optim.Optimizer or None, got 'adam'"),
+        ({"optimizer": []}, r"optimizer must be a torch.optim.Optimizer or None, got \[\]"),
+        ({"model": None}, "model must be a torch.nn.Module, got None"),
+        ({"model": (p for p in ())}, "model must be a torch.nn.Module, got <generator"),
+        ({"model": torch.nn.Identity()}, "model must have parameters: this Identity has none"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(options, message):
     model, optimizer = model_and_optimizer()
     with pytest.raises(ValueError, match=message):
-        LeadMetaArchitect(model, optimizer, **options)
+        LeadMetaArchitect(**{"model": model, "optimizer": optimizer, **options})
+
+
+@pytest.mark.parametrize("loss", [torch.ones(3), torch.ones(1) * 1j, "abc", [1.0], np.ones(2)])
+def test_a_loss_that_is_none_is_refused_and_the_governor_stays(loss):
+    model, optimizer = model_and_optimizer()
+    governor = LeadMetaArchitect(model, optimizer, every=1)
+    train(model, optimizer, governor, 1)
+    with pytest.raises(ValueError, match="loss must be a number, a tensor of one element, or None"):
+        governor.process_step(loss)
+    train(model, optimizer, governor, 1)
+    assert governor.now == 2 and governor.telemetry.history[-1].signals
+
+
+@pytest.mark.parametrize("loss", [2, 2.0, torch.tensor(2.0), torch.full((1, 1), 2), np.float32(2)])
+def test_a_loss_is_any_one_number(loss):
+    governor = LeadMetaArchitect(model_and_optimizer()[0])
+    assert governor.process_step(loss).snapshot.loss == 2
+
+
+def in_file(model):
+    """What comes back from a file, as a fresh process would number what it hooks."""
+    file = io.BytesIO()
+    torch.save(model, file)
+    RemovableHandle.next_id = 0
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+def wrapped(model):
+    return torch.compile(model, backend="eager")
+
+
+def in_place(model):
+    model.compile(backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("copied", [in_file, copy.deepcopy])
+@pytest.mark.parametrize("compiled", [lambda model: model, wrapped, in_place])
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_what_is_copied_or_saved_is_not_watched(copied, compiled, steps, tmp_path, monkeypatch):
+    monkeypatch.setattr(RemovableHandle, "next_id", 0)
+    model, optimizer = model_and_optimizer()
+    model, tokens = compiled(model), torch.zeros(1, 5, dtype=torch.long)
+    governor = LeadMetaArchitect(model, optimizer, every=2, folder=tmp_path)
+    train(model, optimizer, governor, steps)
+    assert governor.meter.sampling == (steps != 1)
+    other = copied(copied(model))
+    assert torch.equal(other(tokens), model.eval()(tokens))
+    assert not governor.meter.probes
+    model.train()
+    # hooks of others have no number of those that came along
+    plain, module = [], next(m for m in other.modules() if isinstance(m, MultiHeadAttention))
+    for _ in range(40):
+        module.register_forward_pre_hook(lambda module, inputs: plain.append(inputs))
+    second = torch.optim.AdamW(other.parameters())
+    anew = LeadMetaArchitect(other, second, every=1)
+    train(other, second, anew, 2)
+    assert len(plain) == 80 and len(anew.telemetry.history[-1].signals["max_logit"]) == 2
+    train(model, optimizer, governor, 3)
+    assert governor.now == steps + 3 and governor.telemetry.history[-1].signals
+    for one in (governor, anew):
+        one.detach()
 
 
 def test_a_model_without_attention_is_told_of_once_and_its_loss_is_watched():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import gc
 import importlib
 import json
 import os
 import time
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ from sixfold.contracts import HeadId
 from sixfold.governor import journal
 from sixfold.governor.limits import AlarmLimits, Limits
 from sixfold.governor.replay import replay
-from sixfold.governor.watch.watch import EAGER
+from sixfold.governor.watch.watch import EAGER, Watch
 
 
 def train(model, optimizer, governor, steps=6):
@@ -264,6 +266,17 @@ def test_a_governor_that_nobody_holds_lets_go_of_the_model_at_once():
     assert EAGER.holders == before
     assert not model._forward_hooks
     assert not model._forward_pre_hooks
+
+
+def test_a_watch_that_is_armed_can_be_collected_with_its_model():
+    importlib.import_module("torch._dynamo")
+    before, watch = EAGER.holders, Watch(made()[0])
+    watch.arm(lambda _: None)
+    known = weakref.ref(watch)
+    del watch
+    gc.collect()
+    assert known() is None
+    assert EAGER.holders == before
 
 
 def test_layers_that_begin_to_learn_are_no_jump():

@@ -277,6 +277,21 @@ def test_a_head_that_explodes_is_named_and_clipped():
     assert governor.telemetry.history[-1].signal("max_logit", HEAD) < 100
 
 
+def test_a_place_without_a_grid_holds_its_layer():
+    torch.manual_seed(0)
+    model = LanguageModel(11, 16, 28, 2, {"num_heads": 7})
+    optimizer = torch.optim.AdamW(model.parameters())
+    governor = LeadMetaArchitect(model, optimizer, every=1)
+    move(model, optimizer, batches(1)[0], governor)
+    for command in (
+        governor.command_reset_head,
+        lambda coord, layer: governor.command_adjust_entropy_regularization(0.1, coord, layer),
+    ):
+        with pytest.raises(ValueError, match=r"layer must be None, got 1: .* here \(0, 2\)"):
+            command((0, 2), layer=1)
+    assert "layer 1 head 2" in governor.command_reset_head((1, 2))
+
+
 def test_the_commands_do_what_they_say_and_are_judged():
     torch.manual_seed(0)
     attention = {"num_heads": 7, "head_dim": 4, "mixer": "hexagonal"}
@@ -291,6 +306,18 @@ def test_the_commands_do_what_they_say_and_are_judged():
     assert f"layer 0 head {governor.grid.index[1, 0]}" in term
     with pytest.raises(ValueError, match="not on the grid of radius 1"):
         governor.command_reset_head((3, 3))
+    for number in (-1, 1, "a"):
+        with pytest.raises(
+            ValueError, match=rf"layer must be in \[0, 1\), or None, got {number!r}"
+        ):
+            governor.command_reset_head((0, 0), layer=number)
+    with pytest.raises(ValueError, match=r"coord must be two whole numbers, got \(1, 'a'\)"):
+        governor.command_reset_head((1, "a"))
+    for delta in (math.nan, math.inf, "a", None):
+        with pytest.raises(ValueError, match=f"delta must be a finite number, got {delta!r}"):
+            governor.command_adjust_entropy_regularization(delta)
+    with pytest.raises(ValueError, match="layer must be None where coord is None, got 0"):
+        governor.command_adjust_entropy_regularization(0.01, layer=0)
     with pytest.raises(ValueError, match="unknown method 'zero'"):
         governor.command_reset_head((0, 0), "zero")
     with pytest.raises(ValueError, match="would become -1"):

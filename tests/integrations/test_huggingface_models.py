@@ -123,6 +123,8 @@ def test_a_configuration_speaks_both_languages_and_survives_json(tmp_path):
         ({"projection": None}, "unknown projection None"),
         ({"num_head": 7}, "unknown option 'num_head'; .*Did you mean 'num_heads'"),
         ({"attention": [{"scores": "dot"}]}, "attention 'scores'; .*Did you mean 'score'"),
+        ({"attention": {"num_heads": 3}}, "attention must list options for each layer"),
+        ({"attention": ["dot"]}, r"or be None, got \['dot'\]"),
         ({"d_model": 16, "hidden_size": 32}, "hidden_size is d_model: give one of them"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings must be True"),
     ],

@@ -74,3 +74,12 @@ def test_attention_is_bidirectional():
 def test_a_longer_sequence_is_refused():
     with pytest.raises(ValueError, match="sequence of 17 tokens is longer than the context of 16"):
         model_of()(torch.ones(1, 17, dtype=torch.long))
+
+
+@pytest.mark.parametrize("name", ["vocab_size", "num_classes", "context", "d_model"])
+def test_what_cannot_be_meant_is_named(name):
+    sizes = {"vocab_size": 30, "num_classes": 3, "context": 16}
+    with pytest.raises(ValueError, match=f"{name} must be a whole number of 1 or more, got 0"):
+        SequenceClassifier(**{**sizes, name: 0})
+    with pytest.raises(ValueError, match="tokens must be int64 or int32, got torch.float32"):
+        SequenceClassifier(**sizes)(torch.ones(1, 4))

@@ -75,8 +75,12 @@ def test_wrong_options_are_named(kind, tiny):
         models.build(kind, {**tiny.arguments, "attention": {"num_heads": 4, "mixr": "none"}})
     with pytest.raises(ValueError, match="attention lists 1 layers, num_layers is 2"):
         models.build(kind, {**tiny.arguments, "attention": [{"num_heads": 2}]})
-    with pytest.raises(ValueError, match="num_layers must be 1 or more, got 0"):
+    with pytest.raises(ValueError, match="num_layers must be a whole number of 1 or more, got 0"):
         models.build(kind, {**tiny.arguments, "num_layers": 0})
+    with pytest.raises(
+        ValueError, match="attention must be options like {'num_heads': 4}, got None"
+    ):
+        models.build(kind, {**tiny.arguments, "attention": None})
 
 
 def test_it_learns_its_miniature(kind, tiny):

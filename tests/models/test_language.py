@@ -217,6 +217,20 @@ def test_unknown_positions_are_named():
         model_of(positions="rotari")
 
 
+@pytest.mark.parametrize("name", ["vocab_size", "context", "d_model"])
+@pytest.mark.parametrize("size", [0, 2.5, None, True])
+def test_sizes_that_cannot_be_meant_are_named(name, size):
+    sizes = {"vocab_size": V, "context": CONTEXT, "d_model": 16}
+    with pytest.raises(ValueError, match=f"{name} must be a whole number of 1 or more, got {size}"):
+        LanguageModel(**{**sizes, name: size})
+
+
+def test_tokens_are_whole_numbers():
+    with pytest.raises(ValueError, match=r"tokens must be int64 or int32, got torch.float64"):
+        model_of()(tokens_of(1, 4).double())
+    assert torch.equal(model_of()(tokens_of(1, 4).int()), model_of()(tokens_of(1, 4)))
+
+
 def test_a_layer_may_go_without_positions():
     torch.manual_seed(0)
     model = LanguageModel(

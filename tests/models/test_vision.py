@@ -40,11 +40,20 @@ def test_without_positions_the_order_of_patches_is_nothing():
     torch.testing.assert_close(model(other), model(images), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(("image", "patch"), [(28, 5), (8, 0), (0, 2), (4, 8)])
+@pytest.mark.parametrize(("image", "patch"), [(28, 5), (4, 8)])
 def test_an_image_that_is_no_multiple_of_the_patch_is_refused(image, patch):
     message = f"image_size must be a multiple of patch_size, got {image} and {patch}"
     with pytest.raises(ValueError, match=message):
         VisionTransformer(image, patch, 10)
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_sizes_that_cannot_be_meant_are_named(place):
+    sizes = [8, 4, 10, 1, 16]
+    name = ("image_size", "patch_size", "num_classes", "channels", "d_model")[place]
+    sizes[place] = 0
+    with pytest.raises(ValueError, match=f"{name} must be a whole number of 1 or more, got 0"):
+        VisionTransformer(*sizes)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 12, 12), (1, 2, 12, 9), (2, 12, 12)])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+WHOLE = (torch.int64, torch.int32)
+
 
 class KeyValueCache:
     """Per-token tensors of one layer, grown by doubling so that generation copies rarely.
@@ -32,10 +34,17 @@ class KeyValueCache:
         """Add (..., n, width) along the token axis and return the whole entry.
 
         span: tokens that one place stands for; a place is forgotten with the last of its tokens.
+
+        Raises ValueError for an entry of another batch, other heads or another width.
         """
         start = self._filled.get(name, 0)
         end = start + entry.shape[-2]
         room = self._room.get(name)
+        if room is not None and around(entry) != around(room):
+            raise ValueError(
+                f"this cache holds {name} of (batch, heads, width) {around(room)}, "
+                f"got {around(entry)}: begin a new cache"
+            )
         if torch.is_grad_enabled() and entry.requires_grad:
             # a backward pass will read what is held: it must not be written to
             room = torch.cat([room[..., :start, :], entry], dim=-2) if start else entry
@@ -68,5 +77,16 @@ class KeyValueCache:
         }
 
     def reorder(self, rows: Tensor) -> None:
-        """Select batch rows, as beam search does."""
+        """Select batch rows, as beam search does.
+
+        Raises ValueError for rows that are no tensor (b,) of whole numbers.
+        """
+        if not (isinstance(rows, Tensor) and rows.ndim == 1 and rows.dtype in WHOLE):
+            got = f"{rows.dtype} {tuple(rows.shape)}" if isinstance(rows, Tensor) else repr(rows)
+            raise ValueError(f"rows must be a tensor (b,) of int64 or int32, got {got}")
         self._room = {name: room.index_select(0, rows) for name, room in self._room.items()}
+
+
+def around(entry: Tensor) -> tuple[int, ...]:
+    """The shape of an entry without its places."""
+    return (*entry.shape[:-2], entry.shape[-1])

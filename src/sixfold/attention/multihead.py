@@ -8,14 +8,15 @@ file's name.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sixfold.attention import moments
+from sixfold.attention.allowed import check_positive, check_whole
 from sixfold.attention.masks import visibility_of
 from sixfold.attention.reach.hierarchical import Far
 from sixfold.attention.rotary import rotate, turn
@@ -109,8 +110,9 @@ class MultiHeadAttention(nn.Module):
         dtype: as in PyTorch.
 
     Raises:
-        ValueError: for sizes that do not divide, unknown parts (the message lists what exists),
-            and for parts that cannot work together (the message names both).
+        ValueError: for numbers that cannot be meant, sizes that do not divide, unknown parts (the
+            message lists what exists), and for parts that cannot work together (the message names
+            both).
 
     Source: Vaswani et al., arXiv 1706.03762, section 3.2.2.
 
@@ -141,8 +143,10 @@ class MultiHeadAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.heads = heads = check_sizes(d_model, num_heads, head_dim, num_kv_heads)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        if not (isinstance(dropout, Real) and 0 <= dropout < 1):
+            raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
+        check_positive("rope_theta", rope_theta, none=True)
+        check_positive("softcap", softcap, none=True)
         factory = {"device": device, "dtype": dtype}
         names = {"projection": projection, "score": score, "reach": reach, "mixer": mixer}
         parts = {kind: build_part(kind, part, heads, **factory) for kind, part in names.items()}
@@ -160,10 +164,6 @@ class MultiHeadAttention(nn.Module):
             raise ValueError(
                 f"rope turns pairs of features: head_dim must be even, got {heads.head_dim}"
             )
-        if rope_theta is not None and not 0 < rope_theta < math.inf:
-            raise ValueError(f"rope_theta must be positive and finite, or None, got {rope_theta}")
-        if softcap is not None and not softcap > 0:
-            raise ValueError(f"softcap must be positive, got {softcap}")
         self.softcap, self.sinks = softcap, None
         if sinks:
             self.sinks = nn.Parameter(torch.zeros(heads.num_heads, **factory))
@@ -394,14 +394,9 @@ def check_sizes(
     d_model: int, num_heads: int, head_dim: int | None, num_kv_heads: int | None
 ) -> Heads:
     """Fill in the defaults of the sizes, or raise a ValueError that names the wrong one."""
-    for name, size in (
-        ("d_model", d_model),
-        ("num_heads", num_heads),
-        ("head_dim", head_dim),
-        ("num_kv_heads", num_kv_heads),
-    ):
-        if size is not None and not (isinstance(size, int) and size >= 1):
-            raise ValueError(f"{name} must be a whole number of 1 or more, got {size!r}")
+    optional = {"head_dim": head_dim, "num_kv_heads": num_kv_heads}
+    given = {name: size for name, size in optional.items() if size is not None}
+    check_whole(d_model=d_model, num_heads=num_heads, **given)
     if head_dim is None:
         if d_model % num_heads:
             raise ValueError(

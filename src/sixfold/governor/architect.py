@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sixfold.attention.allowed import check_whole
 from sixfold.contracts import Change, Snapshot
 from sixfold.discover import unknown
 from sixfold.governor import commands, journal
 from sixfold.governor.attached import ATTACHED, check_free, check_own
 from sixfold.governor.limits import Limits, preset
 from sixfold.governor.logs import File, Records
-from sixfold.governor.meter import Meter
+from sixfold.governor.meter import Meter, check_loss
 from sixfold.governor.state import State, load_state, resumed, state_dict, whole
 from sixfold.governor.step import Decisions, skips, step
 from sixfold.governor.subject import Subject
@@ -68,9 +69,9 @@ class LeadMetaArchitect(Subject):
         positions: bytes of each log that count when a run is resumed.
 
     Raises:
-        ValueError: for an unknown mode or preset, for a model or an optimizer that has a governor
-            already, by itself or as a part of another model, for an optimizer that moves nothing
-            of the model, and for LBFGS.
+        ValueError: for arguments of another kind, a model without parameters, an unknown mode or
+            preset, for a model or an optimizer that has a governor already, by itself or as a part
+            of another model, for an optimizer that moves nothing of the model, and for LBFGS.
 
     >>> from sixfold import LanguageModel
     >>> model = LanguageModel(11, 8, 28, 1, {"num_heads": 7, "mixer": "hexagonal"})
@@ -95,13 +96,14 @@ class LeadMetaArchitect(Subject):
     ) -> None:
         if mode not in MODES:
             raise ValueError(unknown("governor.mode", mode, MODES))
-        if every < 1:
-            raise ValueError(f"governor.every must be 1 or more, got {every}")
+        check_whole(**{"governor.every": every})
+        limits = preset(limits) if isinstance(limits, str) else limits
+        if not isinstance(limits, Limits):
+            raise ValueError(f"limits must be a preset's name or Limits, got {limits!r}")
         check_own(model, optimizer)
         check_free(model, optimizer)
         meter = Meter(model, optimizer, every)
         super().__init__(model, optimizer, meter, self._before_move, (scheduler, scaler))
-        limits = preset(limits) if isinstance(limits, str) else limits
         self.limits = replace(limits, acting=limits.acting and mode == "act")
         self.mode, self.every, self.state = mode, every, State()
         self.records = Records(folder, positions or {})
@@ -155,9 +157,12 @@ class LeadMetaArchitect(Subject):
 
         Args:
             loss: the step's loss; without it what needs a loss is off.
+
+        Raises ValueError for a loss that is neither a number nor a tensor of one element.
         """
         if self._broken:
             return Seen(self.now, None, None, ())
+        check_loss(loss)
         now = self.now + 1
         try:
             return self._processed(now, loss)
@@ -219,13 +224,16 @@ class LeadMetaArchitect(Subject):
         return str(row["text"])
 
     def command_adjust_entropy_regularization(
-        self, delta: float, coord: tuple[int, int] | None = None, layer: int = 0
+        self, delta: float, coord: tuple[int, int] | None = None, layer: int | None = None
     ) -> str:
         """Add `delta` to the weight of the entropy term: of one head, or of every head.
 
         The term holds a head's entropy at its own median. Raises ValueError before anything was
-        measured, and for a weight that would become negative.
+        measured, for a delta that is not finite, for a weight that would become negative, and for
+        a head as `command_reset_head` does.
         """
+        if coord is None and layer is not None:
+            raise ValueError(f"layer must be None where coord is None, got {layer!r}")
         heads = commands.every_head(self.layers)
         heads = heads if coord is None else [commands.head_at(self.layers, coord, layer)]
         known = (self.terms, self.state.memory, self.limits.actions)
@@ -233,12 +241,13 @@ class LeadMetaArchitect(Subject):
         return [self.command(term) for term in terms][-1] if terms else ""
 
     def command_reset_head(
-        self, coord: tuple[int, int], strategy: str = "orthogonal", layer: int = 0
+        self, coord: tuple[int, int], strategy: str = "orthogonal", layer: int | None = None
     ) -> str:
         """Give one head new weights (``orthogonal``, ``xavier`` or ``neighbours``) and no moments.
 
-        Raises ValueError for an unknown strategy, a head that is not there, and a layer whose
-        weights could not be traced.
+        On a hexagonal grid `coord` is a place of `layer`, the first unless given; elsewhere it is
+        (layer, head). Raises ValueError for an unknown strategy, a head that is not there, a
+        `layer` given where `coord` holds it, and a layer whose weights could not be traced.
         """
         head = commands.head_at(self.layers, coord, layer)
         return self.command(commands.reset(self.layers, head, strategy, self.now, self.every + 1))

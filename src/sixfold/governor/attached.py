@@ -6,6 +6,7 @@ import weakref
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from sixfold.governor.watch.watch import may_attend
 
@@ -13,8 +14,14 @@ ATTACHED: weakref.WeakSet[Any] = weakref.WeakSet()
 """Every `LeadMetaArchitect` that has not let go."""
 
 
-def check_own(model: nn.Module, optimizer: Any) -> None:
-    """Raise ValueError where an optimizer moves no parameter of a model, but those of others."""
+def check_own(model: Any, optimizer: Any) -> None:
+    """Raise ValueError for what is no model or no optimizer, and where one moves nothing of it."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, got {model!r}")
+    if next(model.parameters(), None) is None:
+        raise ValueError(f"model must have parameters: this {type(model).__name__} has none")
+    if not isinstance(optimizer, Optimizer | None):
+        raise ValueError(f"optimizer must be a torch.optim.Optimizer or None, got {optimizer!r}")
     if optimizer is None:
         return
     moved = {id(p) for group in optimizer.param_groups for p in group["params"]}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 
 from sixfold.contracts import HeadId
 from sixfold.discover import unknown
@@ -14,16 +16,27 @@ from sixfold.governor.protocols import entropy_term, head_reset
 from sixfold.governor.watch.layer import Layer
 
 
-def head_at(layers: Sequence[Layer], coord: tuple[int, int], layer: int) -> HeadId:
+def head_at(layers: Sequence[Layer], coord: tuple[int, int], layer: int | None) -> HeadId:
     """The head at a hexagonal coordinate, or plainly (layer, head) where there is no grid.
 
-    Raises ValueError for a place that is not there.
+    On a grid no `layer` is the first; elsewhere `coord` says it. Raises ValueError for a place that
+    is not there, and for a `layer` beside a `coord` that holds one.
     """
-    grid = layers[layer].grid if layer < len(layers) else None
+    pair = isinstance(coord, Sequence) and len(coord) == 2
+    if not (pair and all(isinstance(place, int) for place in coord)):
+        raise ValueError(f"coord must be two whole numbers, got {coord!r}")
+    if layer is not None and layer not in range(len(layers)):
+        raise ValueError(f"layer must be in [0, {len(layers)}), or None, got {layer!r}")
+    grid = layers[layer or 0].grid if layers else None
     if grid is not None:
         if tuple(coord) not in grid.index:
             raise ValueError(f"{tuple(coord)} is not on the grid of radius {grid.radius}")
-        return HeadId(layer, grid.index[tuple(coord)])
+        return HeadId(layer or 0, grid.index[tuple(coord)])
+    if layer is not None:
+        raise ValueError(
+            f"layer must be None, got {layer}: these heads sit on no grid, and coord is (layer, "
+            f"head), here {tuple(coord)}"
+        )
     number, head = coord
     if not (0 <= number < len(layers) and 0 <= head < layers[number].num_heads):
         raise ValueError(f"there is no head {head} in a layer {number}")
@@ -44,8 +57,11 @@ def heavier_term(
 ) -> entropy_term.EntropyTerm:
     """The entropy term of a head with `delta` more weight; a new one holds its own median.
 
-    Raises ValueError before anything was measured, and for a weight that would become negative.
+    Raises ValueError before anything was measured, for a delta that is no finite number, and for a
+    weight that would become negative.
     """
+    if not isinstance(delta, Real) or not math.isfinite(delta):
+        raise ValueError(f"delta must be a finite number, got {delta!r}")
     floor, weight = terms.get(head, (own_median(memory, "entropy", head), 0.0))
     if floor is None:
         raise ValueError("no entropy has been measured yet: train a step first")

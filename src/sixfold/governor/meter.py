@@ -6,13 +6,15 @@ import math
 import warnings
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, SupportsFloat
 
+import numpy
 import torch
 from torch import Tensor, nn
 
 from sixfold.contracts import HeadId, Snapshot
 from sixfold.governor.watch import collect, ranks
+from sixfold.governor.watch.hook import Hook
 from sixfold.governor.watch.layer import Layer
 from sixfold.governor.watch.probe import LayerProbe, clock_us
 from sixfold.governor.watch.watch import Watch
@@ -54,7 +56,7 @@ class Meter:
         self.sizes: list[float] = []
         groups = [] if optimizer is None else optimizer.param_groups
         self._learned = [p for group in groups for p in group["params"] if p.requires_grad]
-        self._hooks: list[Any] = []
+        self._hooks: list[Hook] = []
         self._blind = False
         self.disarm()
 
@@ -84,10 +86,12 @@ class Meter:
         self.sampling = sampling
         self.watch.arm(partial(self._probe, terms))
         if sampling:
-            self._hooks = [self.model.register_forward_hook(self._after_forward)]
+            self._hooks = [Hook(self.model.register_forward_hook, self._after_forward)]
             self._hooks += [
-                layer.module.register_forward_pre_hook(
-                    partial(self._input, number), with_kwargs=True
+                Hook(
+                    layer.module.register_forward_pre_hook,
+                    partial(self._input, number),
+                    with_kwargs=True,
                 )
                 for number, layer in enumerate(self.layers)
             ]
@@ -97,8 +101,8 @@ class Meter:
     def disarm(self) -> None:
         """No hook and no probe stays behind, and nothing is known of the step to come."""
         self.watch.disarm()
-        for handle in self._hooks:
-            handle.remove()
+        for hook in self._hooks:
+            hook.remove()
         self._hooks = []
         self.sampling = False
         self.probes: dict[int, LayerProbe] = {}
@@ -233,6 +237,17 @@ class Meter:
         if tokens and times.get("step"):
             scalars["tokens_per_s"] = 1e6 * tokens / times["step"]
         return found._replace(signals=collect.to_numbers(measured), scalars=scalars, times_us=times)
+
+
+def check_loss(loss: object) -> None:
+    """Raise ValueError for what is no loss: a number, a tensor of one element, or None."""
+    if isinstance(loss, Tensor):
+        right, got = loss.numel() == 1 and not loss.is_complex(), f"one of {tuple(loss.shape)}"
+    else:
+        right = loss is None or (isinstance(loss, SupportsFloat) and numpy.size(loss) == 1)
+        got = repr(loss)
+    if not right:
+        raise ValueError(f"loss must be a number, a tensor of one element, or None, got {got}")
 
 
 def number(loss: float | Tensor | None) -> float:

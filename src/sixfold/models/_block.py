@@ -7,8 +7,10 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from sixfold.attention.allowed import check_whole
 from sixfold.attention.multihead import MultiHeadAttention
 from sixfold.contracts import Cache
 from sixfold.discover import unknown
@@ -66,11 +68,7 @@ def blocks(
     Weights that write to the residual stream start smaller by sqrt(2 * num_layers).
     Source: Radford et al., GPT-2 (2019), section 2.3.
     """
-    if num_layers < 1:
-        raise ValueError(f"num_layers must be 1 or more, got {num_layers}")
-    layers = [attention] * num_layers if isinstance(attention, Mapping) else list(attention)
-    if len(layers) != num_layers:
-        raise ValueError(f"attention lists {len(layers)} layers, num_layers is {num_layers}")
+    layers = per_layer(attention, num_layers)
     for option in (name for options in layers for name in options):
         if option not in OPTIONS:
             raise ValueError("attention: " + unknown("option", option, OPTIONS))
@@ -88,11 +86,31 @@ def with_defaults(
 
     Raises ValueError for what are no options.
     """
-    layers = [attention] * num_layers if isinstance(attention, Mapping) else attention
+    return [{**defaults, **options} for options in per_layer(attention, num_layers)]
+
+
+def per_layer(
+    attention: Mapping[str, Any] | Sequence[Mapping[str, Any]], num_layers: int
+) -> list[Mapping[str, Any]]:
+    """Options of each layer, of one set for all or one per layer.
+
+    Raises ValueError for what are no options, and for as many as there are no layers.
+    """
+    check_whole(num_layers=num_layers)
+    listed = isinstance(attention, Sequence) and not isinstance(attention, str)
+    layers = attention if listed else [attention] * num_layers
     for options in layers:
         if not isinstance(options, Mapping):
             raise ValueError(f"attention must be options like {{'num_heads': 4}}, got {options!r}")
-    return [{**defaults, **options} for options in layers]
+    if len(layers) != num_layers:
+        raise ValueError(f"attention lists {len(layers)} layers, num_layers is {num_layers}")
+    return list(layers)
+
+
+def check_ids(tokens: Tensor) -> None:
+    """Raise ValueError for tokens that are no numbers of a vocabulary."""
+    if tokens.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"tokens must be int64 or int32, got {tokens.dtype}")
 
 
 def given(local: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sixfold.models._block import blocks, given, with_defaults
+from sixfold.attention.allowed import check_whole
+from sixfold.models._block import blocks, check_ids, given, with_defaults
 
 ROTARY_THETA = 10_000.0
 EMBEDDING_STD = 0.02
@@ -33,7 +34,8 @@ class SequenceClassifier(nn.Module):
         dropout: probability of dropping a residual update.
 
     Raises:
-        ValueError: for sizes below 1, a pad outside the vocabulary, and longer sequences.
+        ValueError: for sizes below 1, a pad outside the vocabulary, tokens that are no whole
+            numbers, and longer sequences.
 
     >>> import torch
     >>> model = SequenceClassifier(vocab_size=50, num_classes=2, context=16)
@@ -55,6 +57,8 @@ class SequenceClassifier(nn.Module):
     ) -> None:
         super().__init__()
         self.arguments = given(locals())
+        sizes = {"vocab_size": vocab_size, "num_classes": num_classes, "context": context}
+        check_whole(**sizes, d_model=d_model)
         if not 0 <= pad < vocab_size:
             raise ValueError(f"pad must be in [0, {vocab_size}), got {pad}")
         layers = with_defaults(attention, num_layers, rope_theta=ROTARY_THETA)
@@ -70,6 +74,7 @@ class SequenceClassifier(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits (b, num_classes) of sequences (b, n)."""
+        check_ids(tokens)
         return self.head(self.pooled(self.embedding(tokens), tokens != self.pad))
 
     def pooled(self, x: Tensor, real: Tensor) -> Tensor:

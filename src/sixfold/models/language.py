@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sixfold.attention.allowed import check_whole
 from sixfold.attention.cache import KeyValueCache
 from sixfold.contracts import Cache
 from sixfold.discover import unknown
-from sixfold.models._block import blocks, given, with_defaults
+from sixfold.models._block import blocks, check_ids, given, with_defaults
 
 POSITIONS = ("rotary", "learned")
 ROTARY_THETA = 10_000.0
@@ -34,8 +35,8 @@ class LanguageModel(nn.Module):
         dropout: probability of dropping a residual update.
 
     Raises:
-        ValueError: for unknown positions or attention options, and for sequences longer than
-            `context` where positions are learned.
+        ValueError: for sizes below 1, unknown positions or attention options, tokens that are no
+            whole numbers, and for sequences longer than `context` where positions are learned.
 
     >>> model = LanguageModel(vocab_size=65, context=32, d_model=28, num_layers=2,
     ...                       attention={"num_heads": 7, "mixer": "hexagonal"})
@@ -56,6 +57,7 @@ class LanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         self.arguments = given(locals())
+        check_whole(vocab_size=vocab_size, context=context, d_model=d_model)
         if positions not in POSITIONS:
             raise ValueError(unknown("positions", positions, POSITIONS))
         theta = ROTARY_THETA if positions == "rotary" else None
@@ -83,6 +85,7 @@ class LanguageModel(nn.Module):
         at padding, cached tokens included. Padding on either side moves no position: rotary ones
         are relative, learned ones count real tokens.
         """
+        check_ids(tokens)
         states = self.hidden(self.embedding(tokens), caches=caches, key_mask=key_mask)
         return nn.functional.linear(states, self.embedding.weight)
 

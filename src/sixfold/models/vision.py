@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sixfold.attention.allowed import check_whole
 from sixfold.models._block import blocks, given
 
 POSITION_STD = 0.02
@@ -30,7 +31,8 @@ class VisionTransformer(nn.Module):
         dropout: probability of dropping a residual update.
 
     Raises:
-        ValueError: for an image_size that is no multiple of patch_size, and for other images.
+        ValueError: for sizes below 1, an image_size that is no multiple of patch_size, and for
+            other images.
 
     Source: Dosovitskiy et al., arXiv 2010.11929; mean pooling as in Beyer et al., arXiv 2205.01580.
 
@@ -53,7 +55,9 @@ class VisionTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.arguments = given(locals())
-        if patch_size < 1 or image_size < 1 or image_size % patch_size:
+        check_whole(image_size=image_size, patch_size=patch_size)
+        check_whole(num_classes=num_classes, channels=channels, d_model=d_model)
+        if image_size % patch_size:
             raise ValueError(
                 f"image_size must be a multiple of patch_size, got {image_size} and {patch_size}"
             )

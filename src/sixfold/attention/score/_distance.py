@@ -50,7 +50,7 @@ def build_distance(
 
     Raises ValueError for p < 1, where there is no triangle inequality and no norm.
     """
-    if not isinstance(p, int | float) or not p >= 1:
+    if isinstance(p, bool) or not isinstance(p, int | float) or not p >= 1:
         raise ValueError(f"p must be a number in [1, inf], got {p!r}")
     start = 1 / spread(heads.head_dim, p) if rate is None else rate
     return Distance(heads, start, float(p), learned=learned, **factory)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sixfold.attention.allowed import check_positive
 from sixfold.contracts import Features, Heads, Schema
 from sixfold.ops.precision import wide
 
@@ -56,8 +57,7 @@ class Rated(Clipped):
 
     def __init__(self, heads: Heads, rate: float, *, learned: bool, **factory: Any) -> None:
         super().__init__(heads, **factory)
-        if not (rate > 0 and math.isfinite(rate)):
-            raise ValueError(f"rate must be positive and finite, got {rate}")
+        check_positive("rate", rate)
         start = torch.full((heads.num_heads,), math.log(rate), **factory)
         if learned:
             self.log_rate = nn.Parameter(start)

@@ -39,6 +39,7 @@ class Cosine(Rated):
 
 def build(heads: Heads, *, rate: float = START, learned: bool = True, **factory: Any) -> Cosine:
     """The score of `heads`; options ``rate``, where it starts, and whether it is ``learned``."""
+    score = Cosine(heads, rate, learned=learned, **factory)
     if rate > LARGEST:
         raise ValueError(f"rate must be at most {LARGEST}, got {rate}")
-    return Cosine(heads, rate, learned=learned, **factory)
+    return score

@@ -20,6 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from sixfold.attention.multihead import MultiHeadAttention
 from sixfold.contracts import Observation, Probe
 from sixfold.governor.watch.capture import SEEN, Capture, Sight, Unreadable
+from sixfold.governor.watch.hook import Hook
 from sixfold.governor.watch.layer import Foreign, Layer, Own
 from sixfold.governor.watch.layout import Product
 from sixfold.governor.watch.probe import LayerProbe
@@ -124,10 +125,6 @@ class Watch:
         self._seen: set[nn.Module] | None = None
         self._settle()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
-        """A copy of an armed model is not watched: its hooks know it for another."""
-        return self
-
     def arm(self, probe_of: Callable[[int], LayerProbe | None]) -> None:
         """Watch the next passes, each layer by the probe that its number is given, if any."""
         self.disarm()
@@ -135,10 +132,11 @@ class Watch:
         if "torch._dynamo" in sys.modules:  # whatever is compiled has imported it
             EAGER.hold()
             self._armed.callback(EAGER.release)
-        begin = self.model.register_forward_pre_hook(self._begin)
-        end = self.model.register_forward_hook(self._end, always_call=True)
-        self._armed.callback(begin.remove)
-        self._armed.callback(end.remove)
+        begin = Hook(self.model.register_forward_pre_hook, self._begin)
+        end = Hook(self.model.register_forward_hook, self._end, always_call=True)
+        # the handles alone: what is to be called when a watch is gone must not hold it
+        self._armed.callback(begin.handle.remove)
+        self._armed.callback(end.handle.remove)
 
     def disarm(self) -> None:
         """Stop watching: no hook, no mode, no probe, no stance stays behind."""

@@ -98,6 +98,7 @@ class SixfoldConfig(PreTrainedConfig):
         own = {name: value for name, value in locals().items() if name not in ("self", "kwargs")}
         own.pop("__class__", None)
         check_words(kwargs, own)
+        check_layers(attention)
         for name, value in own.items():
             setattr(self, name, value)
         # there is no other head; loading code asks for this word
@@ -135,6 +136,16 @@ def check_words(given: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         near = difflib.get_close_matches(name, ours, n=1, cutoff=NEAR)
         if name not in ours and near:
             raise ValueError(discover.unknown("option", name, ours))
+
+
+def check_layers(attention: object) -> None:
+    """Raise a ValueError for what does not list options."""
+    listed = isinstance(attention, Sequence) and all(isinstance(o, Mapping) for o in attention)
+    if attention is not None and not listed:
+        raise ValueError(
+            "attention must list options for each layer, as in [{'num_heads': 4}, {}], or be None, "
+            f"got {attention!r}"
+        )
 
 
 def check_parts(options: Mapping[str, Any]) -> None:

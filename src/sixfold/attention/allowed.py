@@ -1,0 +1,33 @@
+"""What numbers a layer or a model takes: each refusal names the argument, its value, and these."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+
+def check_whole(**sizes: object) -> None:
+    """Raise ValueError for a size that is no whole number of 1 or more.
+
+    >>> check_whole(d_model=64, num_heads=True)
+    Traceback (most recent call last):
+    ValueError: num_heads must be a whole number of 1 or more, got True
+    """
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} must be a whole number of 1 or more, got {size!r}")
+
+
+def check_positive(name: str, value: object, *, none: bool = False) -> None:
+    """Raise ValueError for what is no positive finite number, nor None where that is allowed.
+
+    >>> check_positive("softcap", float("inf"), none=True)
+    Traceback (most recent call last):
+    ValueError: softcap must be positive and finite, or None, got inf
+    """
+    if none and value is None:
+        return
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not (number and 0 < value < math.inf):
+        otherwise = ", or None" if none else ""
+        raise ValueError(f"{name} must be positive and finite{otherwise}, got {value!r}")
