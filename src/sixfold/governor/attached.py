@@ -6,12 +6,14 @@ import weakref
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
 
 from sixfold.governor.watch.watch import may_attend
 
 ATTACHED: weakref.WeakSet[Any] = weakref.WeakSet()
 """Every `LeadMetaArchitect` that has not let go."""
+
+OPTIMIZER = ("param_groups", "state", "state_dict", "register_step_pre_hook")
+"""What is used of an optimizer: one that wraps another and has these will do."""
 
 
 def check_own(model: Any, optimizer: Any) -> None:
@@ -20,10 +22,10 @@ def check_own(model: Any, optimizer: Any) -> None:
         raise ValueError(f"model must be a torch.nn.Module, got {model!r}")
     if next(model.parameters(), None) is None:
         raise ValueError(f"model must have parameters: this {type(model).__name__} has none")
-    if not isinstance(optimizer, Optimizer | None):
-        raise ValueError(f"optimizer must be a torch.optim.Optimizer or None, got {optimizer!r}")
     if optimizer is None:
         return
+    if isinstance(optimizer, type) or not all(hasattr(optimizer, name) for name in OPTIMIZER):
+        raise ValueError(f"optimizer must be a torch.optim.Optimizer or None, got {optimizer!r}")
     moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if moved and not moved & {id(p) for p in model.parameters()}:
         raise ValueError(
