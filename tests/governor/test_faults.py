@@ -6,6 +6,7 @@ import errno
 import gc
 import importlib
 import json
+import math
 import os
 import time
 import warnings
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from plain import Model, batches, made, move
+from snapshots import snapshot
 from torch import multiprocessing
 
 from sixfold import LeadMetaArchitect
@@ -22,6 +24,7 @@ from sixfold.contracts import HeadId
 from sixfold.governor import journal
 from sixfold.governor.limits import AlarmLimits, Limits
 from sixfold.governor.replay import replay
+from sixfold.governor.watch.ranks import packed, unpacked
 from sixfold.governor.watch.watch import EAGER, Watch
 
 
@@ -186,6 +189,15 @@ def worker(rank: int, folder: str) -> None:
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+def test_processes_share_the_mean_loss_and_the_worst_of_everything_else():
+    mine = snapshot(1, [5.0, 9.0], [0.5, 0.8], loss=1.0, scalars={"gradient_norm": 3.0})
+    other = snapshot(1, [7.0, 2.0], [0.6, 0.1], loss=4.0, scalars={"gradient_norm": math.nan})
+    joined = unpacked(mine, [packed(mine).tolist(), packed(other).tolist()])
+    assert joined.loss == 2.5
+    assert joined.signals == {"max_logit": ((7.0, 9.0),), "entropy": ((0.5, 0.1),)}
+    assert math.isnan(joined.scalars["gradient_norm"])
 
 
 def test_detach_mute_and_observe_work_at_any_step():

@@ -110,6 +110,16 @@ def test_a_promise_kept_is_evidence_and_one_broken_is_taken_back():
     assert again.change.power == 4
 
 
+def test_a_promise_of_which_nothing_more_is_heard_is_broken_after_twice_its_time():
+    clipped = [snapshot(1, [5.0]), snapshot(11, [120.0])]
+    silent = [Snapshot(step, 2.0, {}, {}, {}) for step in (31, 50, 51)]
+    decided, _ = run([*clipped, *silent])
+    assert [len(now.judged) for now in decided] == [0, 0, 0, 0, 1]
+    (judged,), (undone,) = decided[-1].judged, decided[-1].undone
+    assert math.isnan(judged.evidence.value)
+    assert undone.number == judged.number
+
+
 def test_the_cooldown_and_the_budget_hold():
     series = [snapshot(2 * i + 1, [120.0 + i]) for i in range(400)]
     decided, _ = run(series)
