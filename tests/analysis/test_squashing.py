@@ -140,6 +140,23 @@ def test_what_cannot_be_differentiated_is_refused():
         sensitivity_by_distance(lambda graph: graph.nodes, one_way)
 
 
+@pytest.mark.parametrize(
+    ("targets", "shown"),
+    [
+        (torch.ones(4, dtype=torch.bool), r"torch.bool \(4,\)"),
+        (torch.ones(2), r"torch.float32 \(2,\)"),
+        (torch.tensor(1), r"torch.int64 \(\)"),
+        ([1], r"\[1\]"),
+    ],
+)
+def test_targets_that_are_no_numbers_of_nodes_are_refused(targets, shown):
+    for measure in (sensitivity, sensitivity_by_distance):
+        with pytest.raises(
+            ValueError, match=rf"targets must be a tensor \(t,\), int64.*got {shown}"
+        ):
+            measure(lambda graph: graph.nodes, graph_of(ring(4), 2), targets)
+
+
 def test_filters_reach_as_far_as_their_order_and_attention_everywhere():
     graph, hops = graph_of(ring(14), 4), hop_distance(ring(14))
 

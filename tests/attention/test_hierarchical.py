@@ -147,11 +147,21 @@ def test_rows_that_see_nothing_are_zero(x):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"block": 0}, "block must be 1 or more, got 0"),
-        ({"block": 2.5}, "block must be 1 or more, got 2.5"),
-        ({"capacity": 0}, "capacity must be 1 or more, got 0"),
+        ({"block": 0}, "block must be a whole number of 1 or more, got 0"),
+        ({"block": 2.5}, "block must be a whole number of 1 or more, got 2.5"),
+        ({"block": True}, "block must be a whole number of 1 or more, got True"),
+        ({"capacity": 0}, "capacity must be a whole number of 1 or more, got 0"),
+        ({"capacity": "3"}, "capacity must be a whole number of 1 or more, got '3'"),
+        ({"capacity": True}, "capacity must be a whole number of 1 or more, got True"),
         ({"threshold": -1.0}, "threshold must be 0 or more, got -1.0"),
-        ({"scales": 0}, "scales must be 1 or more, or None; got 0"),
+        ({"threshold": "a"}, "threshold must be 0 or more, got 'a'"),
+        ({"threshold": float("nan")}, "threshold must be 0 or more, got nan"),
+        ({"threshold": True}, "threshold must be 0 or more, got True"),
+        ({"scales": 0}, "scales must be a whole number of 1 or more, got 0"),
+        ({"scales": True}, "scales must be a whole number of 1 or more, got True"),
+        ({"temperature": "a"}, "temperature must be positive and finite, or None, got 'a'"),
+        ({"temperature": True}, "temperature must be positive and finite, or None, got True"),
+        ({"learned": "no"}, "learned must be True or False, got 'no'"),
     ],
 )
 def test_rules_that_cannot_be_meant_are_refused(options, message):
@@ -233,6 +243,41 @@ def test_nothing_in_is_nothing_out(shape):
 def test_the_reference_serves_half_precision(x, dtype):
     loose = layer(LOOSE, {"impl": "reference"}).to(dtype)
     assert loose(x.to(dtype), is_causal=True).dtype == dtype
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 4e-3), (torch.bfloat16, 3e-2)])
+def test_half_precision_is_near_the_double_one(x, dtype, most):
+    double = layer(LOOSE, {"rope_theta": 1e4})
+    expected = double(x, is_causal=True)
+    found = copy.deepcopy(double).to(dtype)(x.to(dtype), is_causal=True)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=most)
+
+
+def test_dropout_drops_in_training_and_keeps_the_mean(x):
+    kept, dropped = layer(LOOSE, {}), layer(LOOSE, {"dropout": 0.3})
+    for impl in ("auto", "reference"):
+        dropped.impl = impl
+        many = torch.stack([dropped(x, is_causal=True) for _ in range(400)])
+        expected = kept(x, is_causal=True)
+        assert (many[0] - expected).abs().max() > 1e-3
+        error = many.std(0) / 400**0.5
+        assert (many.mean(0) - expected).abs().max() < 6 * error.max()
+        torch.testing.assert_close(dropped.eval()(x, is_causal=True), expected)
+        dropped.train()
+
+
+def test_what_overflows_is_not_a_new_cell(x):
+    x[:, :16:2] = 1e20
+    found = layer(LOOSE, {}).float()(x.float(), is_causal=True)
+    assert found.shape == x.shape
+
+
+@pytest.mark.parametrize("name", ["kl", "kl_diagonal"])
+def test_what_is_not_a_number_comes_out_as_none(x, name):
+    x[0, 3] = torch.nan
+    found = layer(LOOSE, LAYERS[name])(x, is_causal=True)
+    assert found[0, 40:].isnan().all()
+    assert found[1].isfinite().all()
 
 
 def test_a_cache_serves_what_is_not_causal_too(x):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -160,8 +160,8 @@ def test_a_cache_is_refused_where_groups_are_drawn(x):
     ("options", "message"),
     [
         ({"learned": True}, "learned needs a temperature: hard groups give it no gradient"),
-        ({"temperature": 0.0}, "soft groups need a temperature positive and finite, got 0.0"),
-        ({"temperature": math.inf}, "soft groups need a temperature positive and finite, got inf"),
+        ({"temperature": 0.0}, "temperature must be positive and finite, or None, got 0.0"),
+        ({"temperature": math.inf}, "temperature must be positive and finite, or None, got inf"),
         ({"temperature": 1.0, "threshold": 0.0}, "soft groups need a threshold positive"),
     ],
 )
@@ -309,6 +309,44 @@ def test_what_emerges_is_what_loops_find():
             expected = matched(inside, [1.0] * len(inside))
             torch.testing.assert_close(mean, expected[0], **CLOSE)
             torch.testing.assert_close(covariance, expected[1], **CLOSE)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_scales_stop_where_the_sequence_does(causal):
+    """A cell of scale s has 2^s blocks of 2; of these the last may be short if nothing is causal."""
+    for n, scales in product((1, 2, 3, 4, 7, 8, 9, 15, 16), (None, 1, 2, 5)):
+        blocks = n // 2 if causal else (n + 1) // 2
+        fitting = [s for s in range(5 if scales is None else scales) if 2**s <= blocks]
+        found = emergent(block=2, scales=scales).emerge(*beliefs(n=n), is_causal=causal)
+        assert len(found.meta_tokens) == len(fitting)
+        assert {group.scale for group in found.hierarchy} == {*fitting}
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (
+            EmergentHierarchicalAttention,
+            {"reach": "full"},
+            "reach of EmergentHierarchicalAttention is given by block, capacity, .* got reach 'full'",
+        ),
+        (
+            EmergentHierarchicalAttention,
+            {"score": "dot"},
+            "score of EmergentHierarchicalAttention is given by kappa and .* got score 'dot'",
+        ),
+        (
+            GaugeAttention,
+            {"projection": "linear"},
+            "projection of GaugeAttention is given by frames and per, got projection 'linear'",
+        ),
+        (EmergentHierarchicalAttention, {"block": 2.5}, "block must be a whole number .* got 2.5"),
+        (EmergentHierarchicalAttention, {"learned": 1}, "learned must be True or False, got 1"),
+    ],
+)
+def test_what_a_named_layer_cannot_mean_is_refused(make, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(D, **options)
 
 
 def test_a_change_of_frames_changes_no_group():
@@ -489,16 +527,35 @@ def test_gradients_of_soft_groups_are_those_of_finite_differences():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("options", "message"),
     [
-        ((0,), "capacity must be 1 or more, got 0"),
-        ((2, 0.0), "threshold must be positive and finite, got 0.0"),
-        ((2, 0.1, -1.0), "temperature must be positive and finite, got -1.0"),
+        ({"capacity": 0}, "capacity must be a whole number of 1 or more, got 0"),
+        ({"capacity": 2.5}, "capacity must be a whole number of 1 or more, got 2.5"),
+        ({"capacity": True}, "capacity must be a whole number of 1 or more, got True"),
+        ({"threshold": 0.0}, "threshold must be positive and finite, got 0.0"),
+        ({"threshold": math.nan}, "threshold must be positive and finite, got nan"),
+        ({"temperature": -1.0}, "temperature must be positive and finite, got -1.0"),
+        ({"temperature": "a"}, "temperature must be positive and finite, got 'a'"),
+        ({"frames": "zz"}, "unknown frames 'zz'; choose from: gl, so"),
+        ({"learned": "no"}, "learned must be True or False, got 'no'"),
     ],
 )
-def test_detectors_that_cannot_be_meant_are_refused(arguments, message):
+def test_detectors_that_cannot_be_meant_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        SoftConsensusDetector(*arguments)
+        SoftConsensusDetector(**{"capacity": 2} | options)
+
+
+def test_points_that_a_mean_would_truncate_are_refused():
+    detector = SoftConsensusDetector(3)
+    for points in (torch.ones(4, 2, dtype=torch.int64), torch.ones(4, 2, dtype=torch.bool)):
+        with pytest.raises(ValueError, match=f"mean must be floating, got {points.dtype}"):
+            detector(points)
+
+
+@pytest.mark.parametrize("threshold", [-1.0, math.nan, "a", True])
+def test_a_threshold_of_consensus_that_is_none_is_refused(threshold):
+    with pytest.raises(ValueError, match=f"threshold must be 0 or more, got {threshold!r}"):
+        consensus(believe(*beliefs(n=3)), threshold)
 
 
 def test_the_names_are_public():

@@ -91,3 +91,22 @@ def test_empty_places_describe_something_finite(schema):
     parts = [found] if schema == "point" else found[:2]
     assert all(part.isfinite().all() for part in parts)
     assert M.divergence(empty, empty, schema, D).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("schema", ["diagonal belief", "belief"])
+def test_a_narrow_belief_far_from_the_origin_comes_back_to_the_last_digits(schema):
+    torch.manual_seed(0)
+    mean = 1e4 + torch.randn(1, 1, 6, D, dtype=torch.float64)
+    std = 1e-4 * (1 + torch.rand(1, 1, 6, D, dtype=torch.float64))
+    factor = std if schema == "diagonal belief" else torch.diag_embed(std)
+    found = M.described(M.moments(Belief(mean, factor), schema), schema, D, torch.float64)
+    torch.testing.assert_close(found.factor, factor, rtol=1e-12, atol=0)
+
+
+def test_what_has_no_covariance_is_not_a_number():
+    torch.manual_seed(0)
+    given = belief(frames=False)
+    given.factor[0, 0, 0] = torch.nan
+    found = M.described(M.moments(given, "belief"), "belief", D, torch.float64).factor
+    assert found[0, 0, 0].isnan().any()
+    assert found.flatten(0, 2)[1:].isfinite().all()

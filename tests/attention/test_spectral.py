@@ -1,16 +1,18 @@
 """The spectral mixer: filters of a grid's spectrum, whatever the basis of its eigenspaces."""
 
 import copy
+import io
 
 import pytest
 import torch
 
 from sixfold import HexagonalMultiHeadAttention, MultiHeadAttention, SpectralHexagonalAttention
-from sixfold.attention.mixer._filters import FILTERS, hats, polynomials, steps
+from sixfold.attention.mixer._filters import FILTERS, hats, steps
 from sixfold.attention.mixer.spectral import SpectralMixer, build
 from sixfold.contracts import Heads
 from sixfold.geometry.graph import laplacian
 from sixfold.geometry.hexgrid import HexGrid
+from sixfold.geometry.spectrum import polynomials
 from sixfold.ops.headmix.reference import headmix
 
 CLOSE = {"rtol": 0, "atol": 1e-12}
@@ -286,8 +288,85 @@ def test_a_graph_it_cannot_follow_changes_nothing(make, tokens):
         mixer.follow_(torch.ones(6, 6))
     with pytest.raises(ValueError, match=r"order of filter 'bands'.*got 4.*kept, 2"):
         mixer.follow_(torch.ones(7, 7))
+    with pytest.raises(ValueError, match=r"^adjacency must be a tensor \(n, n\), got a list$"):
+        mixer.follow_(mixer.grid.adjacency().tolist())
+    unknown = mixer.grid.adjacency()
+    unknown[2, 3] = unknown[3, 2] = float("nan")
+    with pytest.raises(ValueError, match=r"^adjacency must hold finite .*, got nan at \(2, 3\)$"):
+        mixer.follow_(unknown)
     assert torch.equal(mixer.mix_outputs(heads, "auto"), before)
-    assert len(mixer.eigenvalues) == 4
+    assert len(mixer.eigenvalues) == 4 and mixer.followed is None
+
+
+def weighted(adjacency, seed=0):
+    """Other weights on the same edges."""
+    weights = torch.rand(adjacency.shape, generator=torch.Generator().manual_seed(seed)) + 0.5
+    return adjacency * (weights + weights.T)
+
+
+def assert_same_filters(one, other):
+    assert torch.equal(one.operators(), other.operators())
+    assert torch.equal(one.frequency_penalty(), other.frequency_penalty())
+    lambdas = torch.linspace(0, 2, 101, dtype=torch.float64)
+    assert torch.equal(one.response(lambdas), other.response(lambdas))
+    assert torch.equal(one.response(one.eigenvalues), other.response(other.eigenvalues))
+
+
+def through_a_file(state):
+    """What a file keeps of a state, as it is read where nothing but tensors is trusted."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("modes", [None, 8])
+@pytest.mark.parametrize("kind", FILTERS)
+def test_a_state_tells_the_graph_that_is_followed(make, tokens, kind, modes, dtype):
+    part = {"mixer": {"name": "spectral", "filter": kind, "modes": modes}}
+    layer, fresh = make(part, num_heads=19), make(part, num_heads=19, seed=1).to(dtype)
+    plain = copy.deepcopy(layer).to(dtype).state_dict()
+    layer.mixer.follow_(weighted(layer.grid.adjacency()))
+    layer, x = layer.to(dtype), tokens(2, 7).to(dtype)
+    expected = layer(x)
+    fresh.load_state_dict(through_a_file(layer.state_dict()))
+    assert_same_filters(fresh.mixer, layer.mixer)
+    assert torch.equal(fresh(x), expected)
+    assert_same_filters(copy.deepcopy(fresh).mixer, layer.mixer)
+    # a state without a graph is of the grid, and one of other parts says nothing of it
+    output = {"output.weight": plain["output.weight"]}
+    fresh.load_state_dict(output, strict=False)
+    assert torch.equal(fresh(x), expected)
+    fresh.load_state_dict(plain)
+    own = make(part, num_heads=19).to(dtype)
+    own.load_state_dict(plain)
+    assert_same_filters(fresh.mixer, own.mixer)
+    assert fresh.state_dict().keys() == plain.keys()
+
+
+def test_an_empty_layer_gets_the_graph_from_the_state(make, tokens):
+    part = {"mixer": {"name": "spectral", "filter": "smooth"}}
+    layer, x = make(part), tokens(2, 7)
+    layer.mixer.follow_(weighted(layer.grid.adjacency()))
+    for assign in (False, True):
+        empty = make_empty(part)
+        empty = empty if assign else empty.to_empty(device="cpu")
+        empty.load_state_dict(layer.state_dict(), assign=assign)
+        assert torch.equal(empty(x), layer(x))
+        assert_same_filters(empty.mixer, layer.mixer)
+
+
+def test_a_fresh_state_holds_what_it_always_held(make):
+    """No graph, for it is the grid's: older states load."""
+    kept = {"weight", "gate", "nodes", "filter.coefficients", "filter.atoms"}
+    assert {*mixer_of(make).state_dict()} == kept
+    mixer = mixer_of(make)
+    mixer.follow_(weighted(mixer.grid.adjacency()))
+    assert {*mixer.state_dict()} == kept | {"followed"}
+    assert mixer.followed.view(torch.float64).equal(weighted(mixer.grid.adjacency()).double())
+    mixer.follow_(mixer.grid.adjacency())
+    assert {*mixer.state_dict()} == kept
 
 
 # ---------------------------------------------------------------- refusals
@@ -297,16 +376,24 @@ def test_a_graph_it_cannot_follow_changes_nothing(make, tokens):
     ("options", "message"),
     [
         ({"filter": "chebishev"}, "unknown filter 'chebishev'.*Did you mean 'chebyshev'"),
-        ({"order": 5}, r"order of filter 'bands' must be in \[1, 4\], got 5.*kept, 4"),
-        ({"order": 0}, r"order of filter 'bands' must be in \[1, 4\], got 0"),
+        ({"order": 5}, r"order of filter 'bands' must be .* in \[1, 4\], got 5.*kept, 4"),
+        ({"order": 0}, r"order of filter 'bands' must be .* in \[1, 4\], got 0"),
+        ({"order": "3"}, r"order of filter 'bands' must be a whole number in \[1, 4\], got '3'"),
+        ({"order": 2.0}, r"order of filter 'bands' must be a whole number in \[1, 4\], got 2.0"),
+        ({"order": True}, r"order of filter 'bands' must be a whole number in \[1, 4\], got True"),
         ({"order": 2, "modes": 1}, r"order of filter 'bands' .* got 2.*kept, 1"),
-        ({"filter": "smooth", "order": 5}, r"'smooth' must be in \[1, 4\], got 5.*kept, 4"),
-        ({"filter": "chebyshev", "order": 4}, r"'chebyshev' must be in \[0, 3\], got 4.*kept, 4"),
-        ({"filter": "rational", "order": 2}, r"'rational' must be in \[0, 1\], got 2.*kept, 4"),
-        ({"modes": 0}, r"\[1, 7\].*got 0"),
-        ({"modes": 8}, r"\[1, 7\].*got 8"),
+        ({"filter": "smooth", "order": 5}, r"'smooth' must be .* in \[1, 4\], got 5.*kept, 4"),
+        ({"filter": "chebyshev", "order": 4}, r"'chebyshev' .* in \[0, 3\], got 4.*kept, 4"),
+        ({"filter": "rational", "order": 2}, r"'rational' must be .* in \[0, 1\], got 2.*kept, 4"),
+        ({"modes": 0}, "modes must be a whole number of 1 or more, got 0"),
+        ({"modes": 2.5}, "modes must be a whole number of 1 or more, got 2.5"),
+        ({"modes": "3"}, "modes must be a whole number of 1 or more, got '3'"),
+        ({"modes": True}, "modes must be a whole number of 1 or more, got True"),
+        ({"modes": 8}, "modes must be at most 7, the heads, got 8"),
         ({"groups": 3}, "groups must divide head_dim 4, got 3"),
-        ({"groups": 0}, "groups must divide head_dim 4, got 0"),
+        ({"groups": 0}, "groups must be a whole number of 1 or more, got 0"),
+        ({"groups": 2.0}, "groups must be a whole number of 1 or more, got 2.0"),
+        ({"groups": "2"}, "groups must be a whole number of 1 or more, got '2'"),
         ({"bands": 3}, "unknown option 'bands'"),
     ],
 )
@@ -353,8 +440,78 @@ def test_the_layer_of_heads_on_a_grid_mixes_in_the_spectrum_if_asked():
     assert type(layer.projection) is type(plain.projection)
     written = HexagonalMultiHeadAttention(16, 1, 4, use_hypernet=True, use_spectral=True)
     assert type(written.projection).__name__ == "HypernetworkProjection"
-    with pytest.raises(ValueError, match=r"count must be in \[1, 19\], .* got 0"):
-        SpectralHexagonalAttention(16, 2, 0)
+    table = {"name": "spectral", "filter": "rational"}
+    assert HexagonalMultiHeadAttention(16, 1, 4, use_spectral=True, mixer=table).mixer.kind == (
+        SpectralHexagonalAttention(16, 1, d_head=4, mixer=table).mixer.kind
+    )
+
+
+def test_a_table_says_more_of_the_mixer_and_drops_nothing():
+    table = {"name": "spectral", "groups": 2}
+    mixer = SpectralHexagonalAttention(16, 1, 3, 4, "smooth", spatial=True, mixer=table).mixer
+    assert (mixer.kind, mixer.groups, sum(mixer.multiplicities)) == ("smooth", 2, 3)
+    assert mixer.spatial is not None
+    named = SpectralHexagonalAttention(16, 1, 3, 4, "smooth", mixer="spectral").mixer
+    assert (named.kind, named.groups, named.spatial) == ("smooth", 4, None)
+
+
+RADIUS, WHOLE = (
+    "grid_radius must be a whole number of 0 or more",
+    "must be a whole number of 1 or more",
+)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        *(
+            (
+                SpectralHexagonalAttention,
+                {"k_eigenvectors": k},
+                f"k_eigenvectors {WHOLE}, got {k!r}",
+            )
+            for k in (None, "3", 0, 2.5, True)
+        ),
+        *(
+            (named, {"grid_radius": radius}, f"{RADIUS}, got {radius!r}")
+            for named in (SpectralHexagonalAttention, HexagonalMultiHeadAttention)
+            for radius in (1.5, "2", True, None, -1)
+        ),
+        (
+            SpectralHexagonalAttention,
+            {"filter": "rational", "mixer": "none"},
+            "mixer must be 'spectral' in SpectralHexagonalAttention, got 'none'",
+        ),
+        (
+            SpectralHexagonalAttention,
+            {"mixer": {"name": "hexagonal", "tied": True}},
+            "mixer must be 'spectral' in SpectralHexagonalAttention, got {'name': 'hexagonal'",
+        ),
+        (
+            SpectralHexagonalAttention,
+            {"num_heads": 7},
+            "num_heads of SpectralHexagonalAttention is given by grid_radius, got num_heads 7",
+        ),
+        (
+            HexagonalMultiHeadAttention,
+            {"use_spectral": True, "mixer": "ring"},
+            "mixer must be 'spectral' where use_spectral is True, got 'ring'",
+        ),
+        (
+            HexagonalMultiHeadAttention,
+            {"use_hypernet": True, "projection": "linear"},
+            "projection must be 'hypernetwork' where use_hypernet is True, got 'linear'",
+        ),
+        (
+            HexagonalMultiHeadAttention,
+            {"head_dim": 4},
+            "head_dim of HexagonalMultiHeadAttention is given by d_head, got head_dim 4",
+        ),
+    ],
+)
+def test_what_a_named_layer_cannot_mean_is_refused(make, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(8, **options)
 
 
 FUSED = {"spatial": {"spatial": True}, "tied": {"spatial": True, "tied": True}}

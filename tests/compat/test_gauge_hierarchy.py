@@ -86,8 +86,8 @@ def test_the_documents_forward_pass(beliefs):
     meta_tokens = [condense(cluster) for cluster in clusters]
     hierarchy = build_hierarchy_graph(clusters)
     assert [len(meta.constituents) for meta in meta_tokens] == [3, 2]
-    assert hierarchy["nodes"] == [3, 4, 5, 7, 8]
-    assert hierarchy["edges"].tolist() == [[3, 4, 5, 7, 8], [0, 0, 0, 1, 1]]
+    assert hierarchy["nodes"] == [(3,), (4,), (5,), (7,), (8,), (3, 4, 5), (7, 8)]
+    assert hierarchy["edges"].tolist() == [[0, 1, 2, 3, 4], [5, 5, 5, 6, 6]]
     assert build_hierarchy_graph([])["edges"].shape == (2, 0)
     layer = EmergentHierarchicalAttention(
         D, kappa=1.0, block=16, threshold=0.01, scales=1, dtype=torch.float64
@@ -123,6 +123,19 @@ def test_edges_go_from_scale_to_scale(beliefs):
     assert parents == [i for i, node in enumerate(nodes) if node.scale < 2]
 
 
+def test_edges_mean_the_same_in_both_hierarchies(beliefs):
+    """Both rows are numbers of nodes, child and parent; the parent holds the child's positions."""
+    layer = EmergentHierarchicalAttention(D, block=2, capacity=2, threshold=0.5).double()
+    found = layer(*beliefs)["hierarchy"]
+    built = build_hierarchy_graph(detect_consensus_groups(tokens_as_agents(*beliefs)))
+    spans = [{*range(group.start, group.stop)} for group in found["nodes"]]
+    for graph, held in ((found, spans), (built, [{*node} for node in built["nodes"]])):
+        assert graph.keys() == {"nodes", "edges"} and len(graph["nodes"]) == len(held)
+        assert graph["edges"].shape[1] > 0 and graph["edges"].dtype == torch.int64
+        assert all(child < parent for child, parent in graph["edges"].T.tolist())
+        assert all(held[child] <= held[parent] for child, parent in graph["edges"].T.tolist())
+
+
 def test_soft_meta_tokens_are_those_of_the_public_class(beliefs):
     mu, Sigma, phi = beliefs
     detector = SoftConsensusDetector(capacity=5, threshold=0.1, temperature=0.2).double().eval()
@@ -142,10 +155,34 @@ def test_a_block_condenses_in_every_nth_layer():
     blocks = [HierarchicalTransformerBlock(8, 2, config, layer=i, block=4) for i in range(4)]
     assert [block.attention.reach.condenses for block in blocks] == [True, False, False, True]
     assert blocks[0].attention.reach.given.threshold == 0.02
-    assert HierarchicalConfig() == (1, 0.01)
+    assert HierarchicalConfig() == HierarchicalConfig(1, 0.01)
     x = torch.randn(2, 19, 8)
     for block in blocks:
         x = block(x, is_causal=True)
     assert x.shape == (2, 19, 8)
-    with pytest.raises(ValueError, match="consensus_check_interval must be 1 or more, got 0"):
-        HierarchicalTransformerBlock(8, 2, HierarchicalConfig(0))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        *(
+            ((every,), f"consensus_check_interval must be a whole number .* got {every!r}")
+            for every in (0, 1.5, "2", True)
+        ),
+        *(
+            ((1, threshold), f"consensus_kl_threshold must be 0 or more, got {threshold!r}")
+            for threshold in (float("nan"), -1, "a")
+        ),
+    ],
+)
+def test_a_configuration_that_cannot_be_meant_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        HierarchicalConfig(*fields)
+
+
+@pytest.mark.parametrize("threshold", [float("nan"), -1, "a", None])
+def test_a_threshold_that_cannot_be_meant_is_refused(beliefs, threshold):
+    with pytest.raises(ValueError, match=f"^kl_threshold must be 0 or more, got {threshold!r}"):
+        detect_consensus_groups(tokens_as_agents(*beliefs), threshold)
+    with pytest.raises(ValueError, match=f"^threshold must be 0 or more, got {threshold!r}"):
+        detect_consensus(*beliefs[:2], threshold)

@@ -296,7 +296,7 @@ def test_the_configuration_is_saved_and_loaded(tmp_path):
         ({"lma": {"kapa_threshold": 3}}, "'kapa_threshold'.*Did you mean 'kappa_threshold'"),
         ({"hamma": {}}, "unknown key 'hamma'.*Did you mean 'hamha'"),
         ({"hamha": {"d_model": "wide"}}, "hamha.d_model must be an integer, got 'wide'"),
-        ({"hamha": {"grid_radius": -2}}, "grid radius must be 0 or more, got -2"),
+        ({"hamha": {"grid_radius": -2}}, "grid_radius must be a whole number of 0 or more, got -2"),
         ({"lma": {"prediction_horizon": 30}}, "lma.prediction_horizon must be 20, got 30"),
     ],
 )

@@ -127,9 +127,11 @@ def test_the_refusal_names_the_nearest_sizes():
         HexGrid.of(20)
 
 
-def test_a_negative_radius_is_refused():
-    with pytest.raises(ValueError, match="0 or more, got -1"):
-        HexGrid(-1)
+@pytest.mark.parametrize("radius", [-1, 1.5, "2", True, None])
+def test_a_radius_that_is_none_is_refused(radius):
+    message = f"grid_radius must be a whole number of 0 or more, got {radius!r}"
+    with pytest.raises(ValueError, match=message):
+        HexGrid(radius)
 
 
 def test_the_grid_does_not_follow_the_default_device():

@@ -190,7 +190,10 @@ def test_quartiles_by_distance():
 def test_what_is_no_undirected_graph_is_refused():
     cases = {
         r"adjacency must be \(n, n\), got \(2, 3\)": torch.zeros(2, 3),
-        "finite weights of 0 or more": torch.tensor([[0.0, -1.0], [-1.0, 0.0]]),
+        "adjacency must be a tensor": [[0.0]],
+        r"finite weights of 0 or more, got -1.0 at \(0, 1\)": torch.tensor(
+            [[0.0, -1.0], [-1.0, 0.0]]
+        ),
         "differ by up to 1": torch.tensor([[0.0, 1.0], [0.0, 0.0]]),
     }
     for message, matrix in cases.items():

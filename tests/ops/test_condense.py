@@ -188,6 +188,48 @@ def test_segments_are_one_pass():
         )
 
 
+@pytest.mark.parametrize("scales", [1, 2, 5])
+def test_no_later_block_sees_a_cell_before_the_earliest(scales):
+    for first in range(30):
+        starts = cells.earliest(first, scales, is_causal=True)
+        seen = [cells.far(b, 40, scales, is_causal=True) for b in range(first, 40)]
+        for scale, start in enumerate(starts):
+            numbers = [c.number for row in seen for c in row if c.scale == scale]
+            assert min(numbers, default=start) == start
+
+
+def test_a_last_query_reads_few_groups():
+    sequence, read = Sequence(Rules(8, 3, 4.0), n=1, m=4000), []
+    built = sequence.pyramid
+
+    def keys(moments: torch.Tensor) -> torch.Tensor:
+        read.append(moments.shape[-2])
+        return moments
+
+    given = (sequence.rating, keys, sequence.tokens, built, sequence.rules)
+    fused.attend(*given, is_causal=True)
+    assert sum(read) <= 4 * 3 * len(built.levels) < sum(built.counts) / 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_narrow_digits_know_how_many_a_group_is(dtype):
+    key, value = torch.zeros(1, 3, 2, dtype=dtype), torch.ones(1, 3, 4, dtype=dtype)
+    grown, _ = fused.filled(key, value, torch.tensor([[1.0, 100.0, 0.0]]))
+    sizes = grown[0, :, 2:].double().sum(-1)
+    assert sizes[:2].exp().tolist() == pytest.approx([1.0, 100.0], rel=1e-3)
+    assert torch.finfo(dtype).min < sizes[2] < -1e3
+
+
+def test_groups_are_drawn_with_their_probability():
+    torch.manual_seed(0)
+    pair = torch.tensor([[0.0], [3.0**0.5]], dtype=torch.float64).expand(4000, 2, 1)
+    tokens = Tokens(pair, pair, torch.ones(4000, 2))
+    rules = Rules(2, 2, 1.0, temperature=1e-3, noisy=True)
+    apart = pyramid.condensed(tokens, distance, rules)[0].size[:, 1] > 0.5
+    # sigmoid(log 3) of a logistic draw, within four standard deviations
+    assert apart.double().mean().item() == pytest.approx(0.75, abs=0.028)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_error_stays_under_the_bound_and_the_bound_falls_with_the_threshold(causal):
     torch.manual_seed(0)
@@ -207,6 +249,21 @@ def test_the_error_stays_under_the_bound_and_the_bound_falls_with_the_threshold(
     assert all((low <= high + 1e-12).all() for high, low in pairwise(bounds))
     assert bounds[0].max() > 5 * bounds[2].max() > 0
     assert bounds[-1].max() == 0
+
+
+def test_padding_and_hidden_tokens_do_not_widen_the_bound():
+    rules = Rules(4, 4, 1.0)
+    alike = torch.ones(2, 2, 23, 8, dtype=torch.float64)  # the last block has an empty place
+    sequence = Sequence(rules, n=23, m=23, causal=False, key=alike)
+    given = (sequence.rating, same, sequence.pyramid, rules)
+    assert bound.logit_error(*given, is_causal=False).max() < 1e-12
+    sequence.key.data[:, :, 7] = 50.0
+    size = sequence.tokens.size.clone()
+    size[:, :, 7] = 0.0
+    hidden = sequence.tokens._replace(size=size)
+    built = pyramid.build(hidden, distance, rules, 2, is_causal=False)
+    given = (sequence.rating, same, built, rules)
+    assert bound.logit_error(*given, is_causal=False).max() < 1e-12
 
 
 def test_the_error_of_an_output_is_bounded_tightly():

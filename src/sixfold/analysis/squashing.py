@@ -47,16 +47,26 @@ def sensitivity(
     if not graph.nodes.is_floating_point():
         raise ValueError(f"nodes must be real to differentiate by them, got {graph.nodes.dtype}")
     count = len(graph.nodes)
-    chosen = list(range(count)) if targets is None else targets.tolist()
-    wrong = [node for node in chosen if not 0 <= node < count]
-    if wrong or not chosen:
-        raise ValueError(f"targets must be nodes in [0, {count}), one or more, got {wrong}")
+    chosen = list(range(count)) if targets is None else _numbers(targets, count)
     with torch.enable_grad():
         nodes = graph.nodes.detach().requires_grad_()
         outputs = model(graph._replace(nodes=nodes))
         if outputs.ndim != 2 or len(outputs) != count:
             raise ValueError(f"outputs must be ({count}, d), got {tuple(outputs.shape)}")
         return torch.stack([_row(outputs[target], nodes) for target in chosen])
+
+
+def _numbers(targets: Tensor, count: int) -> list[int]:
+    """Nodes that are looked at, of so many."""
+    shown = (
+        f"{targets.dtype} {tuple(targets.shape)}" if isinstance(targets, Tensor) else repr(targets)
+    )
+    if not isinstance(targets, Tensor) or targets.dtype != torch.int64 or targets.ndim != 1:
+        raise ValueError(f"targets must be a tensor (t,), int64, of numbers of nodes, got {shown}")
+    wrong = [node for node in targets.tolist() if not 0 <= node < count]
+    if wrong or not len(targets):
+        raise ValueError(f"targets must be nodes in [0, {count}), one or more, got {wrong}")
+    return targets.tolist()
 
 
 def _row(output: Tensor, nodes: Tensor) -> Tensor:

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from sixfold.attention import moments
-from sixfold.attention.beliefs import believe, by_head, outer
+from sixfold.attention.allowed import check_positive, check_whole
+from sixfold.attention.beliefs import believe, by_head
 from sixfold.attention.masks import visibility_of
 from sixfold.attention.multihead import MultiHeadAttention
-from sixfold.attention.reach.hierarchical import alive
+from sixfold.attention.reach.hierarchical import alive, check_learned, check_threshold
 from sixfold.contracts import Belief, Schema
-from sixfold.geometry.gaussian import whole
+from sixfold.discover import unknown
+from sixfold.geometry.frames import ALGEBRAS
 from sixfold.ops.condense import cells, pyramid
 from sixfold.ops.condense.groups import Divergence, Tokens, apart
 from sixfold.ops.condense.pyramid import Pyramid, Rules
@@ -152,10 +154,14 @@ def edges(found: tuple[Group, ...]) -> Tensor:
 
 
 def form(tokens: Tokens, d: int, rules: Rules, *, is_causal: bool) -> Pyramid:
-    """Beliefs with these moments at every scale that the sequence fills, seen or not."""
+    """Beliefs with these moments at every scale that the sequence fills, seen or not.
+
+    Blocks fill a cell of scale s if there are 2^s; the last block may be short, but not if
+    `is_causal`.
+    """
     n = tokens.size.shape[-1]
-    num_blocks = -(-n // rules.block)
-    most = num_blocks.bit_length() if rules.scales is None else rules.scales
+    filled = (-(-n // rules.block)).bit_length()
+    most = filled if rules.scales is None else min(filled, rules.scales)
     counts = (cells.num_cells(n, rules.block, s, is_causal=is_causal) for s in range(most))
     scales = sum(count > 0 for count in counts)
     return pyramid.build(tokens, of_beliefs(d), rules, scales, is_causal=is_causal)
@@ -164,11 +170,14 @@ def form(tokens: Tokens, d: int, rules: Rules, *, is_causal: bool) -> Pyramid:
 def consensus(belief: Belief, threshold: float) -> tuple[Group, ...]:
     """The longest runs of tokens in which neighbours are less than `threshold` apart.
 
+    Raises ValueError for a threshold that is no number of 0 or more.
+
     >>> mean = torch.tensor([[0.0], [0.1], [3.0], [3.1]])
     >>> found = consensus(believe(mean, torch.ones(4, 1, 1)), threshold=0.5)
     >>> [(group.start, group.stop, round(group.began, 2)) for group in found]
     [(0, 2, inf), (2, 4, 8.41)]
     """
+    check_threshold("threshold", threshold)
     tokens, d = tokens_of(moments.moments(belief, "belief")), belief.mean.shape[-1]
     n = belief.mean.shape[-2]
     rules = Rules(n, n, threshold, 1)
@@ -192,7 +201,7 @@ def meta_tokens(built: Pyramid, d: int, dtype: torch.dtype) -> tuple[MetaTokens,
     found = []
     for level in built.levels:
         flat = level.joined()
-        mean, covariance = (part.to(dtype) for part in gaussians(flat.moments, d))
+        mean, covariance = (part.to(dtype) for part in moments.gaussians(flat.moments, d))
         found.append(MetaTokens(mean, covariance, flat.size))
     return tuple(found)
 
@@ -205,12 +214,6 @@ def tokens_of(given: Tensor, mask: Tensor | None = None) -> Tokens:
 def of_beliefs(d: int) -> Divergence:
     """The divergence of beliefs of width d, by their moments."""
     return partial(moments.divergence, schema="belief", d=d)
-
-
-def gaussians(given: Tensor, d: int) -> tuple[Tensor, Tensor]:
-    """Means (..., d) and covariances (..., d, d) of moments (..., d + d (d + 1) / 2)."""
-    mean = given[..., :d]
-    return mean, whole(given[..., d:], d) - outer(mean)
 
 
 class SoftConsensusDetector(nn.Module):
@@ -230,7 +233,8 @@ class SoftConsensusDetector(nn.Module):
         dtype: as in PyTorch.
 
     Raises:
-        ValueError: for a capacity below 1, and a threshold or temperature that is not positive.
+        ValueError: for a capacity that is no whole number of 1 or more, a threshold or temperature
+            that is not positive, another algebra, and a `learned` that is neither True nor False.
 
     Source: Jang, Gu, Poole, arXiv 1611.01144; Maddison, Mnih, Teh, arXiv 1611.00712, section 3.3.
 
@@ -254,11 +258,12 @@ class SoftConsensusDetector(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if capacity < 1:
-            raise ValueError(f"capacity must be 1 or more, got {capacity}")
-        for name, value in (("threshold", threshold), ("temperature", temperature)):
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {value}")
+        check_whole(capacity=capacity)
+        check_positive("threshold", threshold)
+        check_positive("temperature", temperature)
+        check_learned(learned)
+        if frames not in ALGEBRAS:
+            raise ValueError(unknown("frames", frames, ALGEBRAS))
         self.capacity, self.temperature, self.frames = capacity, temperature, frames
         start = torch.tensor(math.log(threshold), device=device, dtype=dtype)
         self.log_threshold = nn.Parameter(start, requires_grad=learned)
@@ -282,8 +287,11 @@ class SoftConsensusDetector(nn.Module):
             key_mask: (b, n), True = a real token; others are of no group's size.
 
         Raises:
-            ValueError: naming the argument, for a phi of points and as `GaugeAttention.update`.
+            ValueError: naming the argument, for a phi of points, numbers that are not floating and
+                as `GaugeAttention.update`.
         """
+        if not mean.is_floating_point():
+            raise ValueError(f"mean must be floating, got {mean.dtype}")
         points = covariance is None and factor is None
         if points and phi is not None:
             raise ValueError("phi turns beliefs: give covariance or factor too")
@@ -305,7 +313,7 @@ class SoftConsensusDetector(nn.Module):
         )
         divergence = partial(moments.divergence, schema=schema, d=d)
         found, where = pyramid.condensed(tokens_of(given, seen.mask), divergence, rules)
-        centre, spread = (found.moments, None) if points else gaussians(found.moments, d)
+        centre, spread = (found.moments, None) if points else moments.gaussians(found.moments, d)
         shape, dtype = mean.shape[:-2], mean.dtype
         return Consensus(
             centre.reshape(*shape, self.capacity, d).to(dtype),

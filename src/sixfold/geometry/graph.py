@@ -49,6 +49,34 @@ def rewire(adjacency: Tensor, seed: int, swaps_per_edge: int = 20) -> Tensor:
     return torch.from_numpy(matrix.astype(np.float32))
 
 
+def undirected(adjacency: Tensor, device: torch.device | str | None = None) -> Tensor:
+    """The weights (n, n) of an undirected graph, float64, on the device they are on unless given.
+
+    Raises ValueError for what is no tensor, not square, not symmetric, or holds a weight that is
+    not finite or below 0.
+
+    >>> undirected(torch.tensor([[0.0, -1.0], [-1.0, 0.0]]))
+    Traceback (most recent call last):
+    ValueError: adjacency must hold finite weights of 0 or more, got -1.0 at (0, 1)
+    """
+    if not isinstance(adjacency, Tensor):
+        raise ValueError(f"adjacency must be a tensor (n, n), got a {type(adjacency).__name__}")
+    if adjacency.ndim != 2 or adjacency.shape[0] != adjacency.shape[1]:
+        raise ValueError(f"adjacency must be (n, n), got {tuple(adjacency.shape)}")
+    weights = adjacency.detach().to(device=device, dtype=torch.float64)
+    wrong = (~(weights.isfinite() & (weights >= 0))).nonzero().tolist()
+    if wrong:
+        row, column = wrong[0]
+        raise ValueError(
+            "adjacency must hold finite weights of 0 or more, "
+            f"got {weights[row, column].item()} at ({row}, {column})"
+        )
+    if not torch.equal(weights, weights.T):
+        worst = (weights - weights.T).abs().max().item()
+        raise ValueError(f"adjacency must be symmetric, entries differ by up to {worst:.3g}")
+    return weights
+
+
 def laplacian(adjacency: Tensor, *, normalized: bool = False) -> Tensor:
     """L = D - A, or I - D^(-1/2) A D^(-1/2) with eigenvalues in [0, 2].
 

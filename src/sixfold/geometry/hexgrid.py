@@ -70,7 +70,7 @@ def cartesian(q: float, r: float) -> tuple[float, float]:
 class HexGrid:
     """All cells within `radius` of the origin, in q-major order.
 
-    Raises ValueError for a radius below 0.
+    Raises ValueError for a radius that is no whole number of 0 or more.
 
     >>> HexGrid(2).num_heads, HexGrid(1).coordinates[3]
     (19, H(0,0))
@@ -79,8 +79,11 @@ class HexGrid:
     radius: int
 
     def __post_init__(self) -> None:
-        if self.radius < 0:
-            raise ValueError(f"grid radius must be 0 or more, got {self.radius}")
+        whole = isinstance(self.radius, int) and not isinstance(self.radius, bool)
+        if not (whole and self.radius >= 0):
+            raise ValueError(
+                f"grid_radius must be a whole number of 0 or more, got {self.radius!r}"
+            )
 
     @classmethod
     def of(cls, num_heads: int) -> HexGrid:

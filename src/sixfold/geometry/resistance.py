@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sixfold.geometry.graph import laplacian
+from sixfold.geometry.graph import laplacian, undirected
 
 
 class Quartiles(NamedTuple):
@@ -42,7 +42,7 @@ def hop_distance(adjacency: Tensor) -> Tensor:
     >>> hop_distance(ring(6))[0]
     tensor([0., 1., 2., 3., 2., 1.], dtype=torch.float64)
     """
-    joined = _checked(adjacency) > 0
+    joined = undirected(adjacency) > 0
     edges, distance = joined.double(), torch.full_like(joined, torch.inf, dtype=torch.float64)
     front = torch.eye(len(joined), dtype=torch.float64, device=joined.device)
     hops = 0
@@ -74,7 +74,7 @@ def effective_resistance(adjacency: Tensor) -> Tensor:
     >>> effective_resistance(ring(4))[0]  # one way of length 2 beside another: 1; 1 beside 3: 3/4
     tensor([0.0000, 0.7500, 1.0000, 0.7500], dtype=torch.float64)
     """
-    weights, joined = _checked(adjacency), hop_distance(adjacency).isfinite()
+    weights, joined = undirected(adjacency), hop_distance(adjacency).isfinite()
     # constants of each part are all that L sends to 0: with their projector it can be inverted,
     # and what that adds to the inverse is the same at both ends of a pair
     constants = joined.double() / joined.sum(1)
@@ -103,7 +103,7 @@ def commute_time(adjacency: Tensor) -> Tensor:
     >>> round(float(commute_time(ring(6))[0, 3]), 9)  # n / 4 ohms, 2 n of degree: n^2 / 2
     18.0
     """
-    weights, resistance = _checked(adjacency), effective_resistance(adjacency)
+    weights, resistance = undirected(adjacency), effective_resistance(adjacency)
     volume = resistance.isfinite().double() @ weights.sum(1)
     return resistance * volume
 
@@ -157,16 +157,3 @@ def by_distance(values: Tensor, distance: Tensor) -> Quartiles:
     groups = [values[distance == place].double() for place in places]
     low, median, high = torch.stack([group.quantile(fractions) for group in groups]).unbind(1)
     return Quartiles(places, low, median, high, torch.tensor([len(group) for group in groups]))
-
-
-def _checked(adjacency: Tensor) -> Tensor:
-    """The weights in float64, if they are those of an undirected graph."""
-    weights = adjacency.detach().double()
-    if weights.ndim != 2 or weights.shape[0] != weights.shape[1]:
-        raise ValueError(f"adjacency must be (n, n), got {tuple(weights.shape)}")
-    if not (weights.isfinite() & (weights >= 0)).all():
-        raise ValueError(f"adjacency must hold finite weights of 0 or more, got {adjacency}")
-    if not torch.equal(weights, weights.T):
-        worst = (weights - weights.T).abs().max().item()
-        raise ValueError(f"adjacency must be symmetric, entries differ by up to {worst:.3g}")
-    return weights

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sixfold.geometry.graph import laplacian
+from sixfold.geometry.graph import laplacian, undirected
 
 TOLERANCE = 1e-8
 """Eigenvalues nearer than this are one. On hexagonal grids rounding is 1e-14, gaps exceed 1e-5."""
@@ -45,9 +45,9 @@ class Spectrum(NamedTuple):
         ((1, 2, 3, 1), (1, 2))
         """
         total = sum(self.multiplicities)
-        if not 1 <= count <= total:
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= total:
             raise ValueError(
-                f"count must be in [1, {total}], the dimensions there are; got {count}"
+                f"count must be whole and in [1, {total}], the dimensions there are; got {count!r}"
             )
         stop = int(np.searchsorted(np.cumsum(self.multiplicities), count)) + 1
         if stop == len(self.eigenvalues):
@@ -68,12 +68,28 @@ class Spectrum(NamedTuple):
         [1.0, 1.5]
         """
         values = self.eigenvalues
-        if not 1 <= bands <= len(values):
+        most = len(values)
+        if isinstance(bands, bool) or not isinstance(bands, int) or not 1 <= bands <= most:
             raise ValueError(
-                f"bands must be in [1, {len(values)}], the eigenspaces there are; got {bands}"
+                f"bands must be whole and in [1, {most}], the eigenspaces there are; got {bands!r}"
             )
         starts = [len(part) for part in np.array_split(values, bands)]
         return tuple((values[i - 1] + values[i]) / 2 for i in np.cumsum(starts)[:-1])
+
+
+def polynomials(lambdas: Tensor, degree: int) -> Tensor:
+    """Chebyshev's T_0 to T_degree at lambda - 1, which lies in [-1, 1]: (degree + 1, e).
+
+    >>> polynomials(torch.tensor([0.0, 1.5]), degree=2)
+    tensor([[ 1.0000,  1.0000],
+            [-1.0000,  0.5000],
+            [ 1.0000, -0.5000]])
+    """
+    x = lambdas - 1
+    terms = [torch.ones_like(x), x]
+    for _ in range(degree - 1):
+        terms.append(2 * x * terms[-1] - terms[-2])
+    return torch.stack(terms[: degree + 1])
 
 
 def spectrum(adjacency: Tensor, *, normalized: bool = True) -> Spectrum:
@@ -88,7 +104,8 @@ def spectrum(adjacency: Tensor, *, normalized: bool = True) -> Spectrum:
         normalized: of I - D^(-1/2) A D^(-1/2), whose eigenvalues lie in [0, 2], else of D - A.
 
     Raises:
-        ValueError: for a matrix that is not square, symmetric, finite and without negative weights.
+        ValueError: for what is no matrix (n, n) of at least one node, symmetric, finite and without
+            negative weights.
 
     Source: Chung, Spectral Graph Theory (1997), ch. 1.
 
@@ -97,14 +114,9 @@ def spectrum(adjacency: Tensor, *, normalized: bool = True) -> Spectrum:
     >>> [round(value, 3) for value in found.eigenvalues], found.multiplicities
     ([0.0, 4.0], (1, 3))
     """
-    weights = adjacency.detach().to("cpu", torch.float64)
-    if weights.ndim != 2 or weights.shape[0] != weights.shape[1] or not len(weights):
-        raise ValueError(f"adjacency must be (n, n) with n 1 or more, got {tuple(weights.shape)}")
-    if not (torch.isfinite(weights).all() and (weights >= 0).all()):
-        raise ValueError(f"adjacency must hold finite weights of 0 or more, got {adjacency}")
-    if not torch.equal(weights, weights.T):
-        worst = (weights - weights.T).abs().max().item()
-        raise ValueError(f"adjacency must be symmetric, entries differ by up to {worst:.3g}")
+    weights = undirected(adjacency, "cpu")
+    if not len(weights):
+        raise ValueError("adjacency must be (n, n) with n 1 or more, got (0, 0)")
     found = decomposed(weights.numpy().tobytes(), len(weights), normalized)
     return found._replace(projectors=found.projectors.clone())
 

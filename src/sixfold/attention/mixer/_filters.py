@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sixfold.discover import unknown
-from sixfold.geometry.spectrum import Spectrum
+from sixfold.geometry.spectrum import Spectrum, polynomials
 
 START = 0.7
 """Fresh filters pass about START (1 - lambda / 2): more of what varies slowly over the graph."""
@@ -56,21 +56,6 @@ def hats(lambdas: Tensor, knots: tuple[float, ...]) -> Tensor:
     part = ((lambdas - at[left]) / (at[left + 1] - at[left])).clamp(0, 1)
     unit = torch.eye(len(knots), dtype=lambdas.dtype, device=lambdas.device)
     return unit[:, left] * (1 - part) + unit[:, left + 1] * part
-
-
-def polynomials(lambdas: Tensor, degree: int) -> Tensor:
-    """Chebyshev's T_0 to T_degree at lambda - 1, which lies in [-1, 1]: (degree + 1, e).
-
-    >>> polynomials(torch.tensor([0.0, 1.5]), degree=2)
-    tensor([[ 1.0000,  1.0000],
-            [-1.0000,  0.5000],
-            [ 1.0000, -0.5000]])
-    """
-    x = lambdas - 1
-    terms = [torch.ones_like(x), x]
-    for _ in range(degree - 1):
-        terms.append(2 * x * terms[-1] - terms[-2])
-    return torch.stack(terms[: degree + 1])
 
 
 # ---------------------------------------------------------------- filters
@@ -181,8 +166,8 @@ FILTERS = {
 def check_order(name: str, order: int | None, spaces: int) -> int:
     """The order of a filter on so many eigenspaces: its usual one, or less, if None is given.
 
-    Raises ValueError for a filter that does not exist, and for an order that is too low or that
-    would learn more numbers than there are eigenvalues to tell them apart.
+    Raises ValueError for a filter that does not exist, and for an order that is no whole number, is
+    too low or would learn more numbers than there are eigenvalues to tell them apart.
 
     >>> check_order("bands", None, 2)
     2
@@ -193,9 +178,9 @@ def check_order(name: str, order: int | None, spaces: int) -> int:
     fitting = [n for n in range(kind.least, spaces + 1) if kind.numbers(n) <= spaces]
     if order is None:
         return min(kind.usual, fitting[-1])
-    if order not in fitting:
+    if isinstance(order, bool) or not isinstance(order, int) or order not in fitting:
         raise ValueError(
-            f"order of filter {name!r} must be in [{fitting[0]}, {fitting[-1]}], got {order}: "
-            f"a filter may learn as many numbers as eigenspaces are kept, {spaces}"
+            f"order of filter {name!r} must be a whole number in [{fitting[0]}, {fitting[-1]}], "
+            f"got {order!r}: it may learn as many numbers as eigenspaces are kept, {spaces}"
         )
     return order

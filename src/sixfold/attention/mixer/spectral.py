@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sixfold.attention.allowed import check_whole
 from sixfold.attention.mixer._filters import FILTERS, check_order
 from sixfold.attention.mixer.hexagonal import build as hexagonal
 from sixfold.contracts import Heads, Rating
+from sixfold.geometry.graph import undirected
 from sixfold.geometry.hexgrid import HexGrid
 from sixfold.geometry.spectrum import spectrum
 from sixfold.ops.headfilter import fused, reference
@@ -46,7 +49,8 @@ class SpectralMixer(nn.Module):
 
     Raises:
         ValueError: for a filter that does not exist, more numbers in it than eigenspaces kept,
-            modes outside [1, h], groups that do not divide the width of a head.
+            modes outside [1, h], groups that do not divide the width of a head, and for numbers
+            that are not whole.
 
     Source: filters of a graph's spectrum, Defferrard et al., arXiv 1606.09375, section 2.1;
     rational ones, Bianchi et al., arXiv 1901.01343.
@@ -74,10 +78,18 @@ class SpectralMixer(nn.Module):
         width = heads.head_dim
         self.grid = HexGrid.of(heads.num_heads)
         self.groups = math.gcd(4, width) if groups is None else groups
-        if self.groups < 1 or width % self.groups:
+        check_whole(groups=self.groups)
+        if width % self.groups:
             raise ValueError(f"groups must divide head_dim {width}, got {groups}")
+        if modes is not None:
+            check_whole(modes=modes)
+            if modes > heads.num_heads:
+                raise ValueError(f"modes must be at most {heads.num_heads}, the heads, got {modes}")
         self.kind, self.order, self.modes = filter, order, modes
         self._see(self.grid.adjacency(), **factory)
+        # weights that are followed, None for the grid's own. They are the bits of float64: numbers
+        # would be rounded where the layer is cast, and rounded weights have other eigenspaces
+        self.register_buffer("followed", None)
         nodes = self.grid.orbits() if tied else torch.arange(heads.num_heads, device="cpu")
         self.weight = nn.Parameter(torch.empty(width, width, **factory))
         self.gate = nn.Parameter(torch.ones(int(nodes.max()) + 1, **factory))
@@ -97,21 +109,30 @@ class SpectralMixer(nn.Module):
     def follow_(self, adjacency: Tensor) -> None:
         """Filter by the spectrum of the grid under other weights of its edges, from now on.
 
-        What has been learned stays. A state is to be loaded by a mixer that follows the same graph.
+        What has been learned stays. A state tells the graph: who loads it follows that one.
 
-        Raises ValueError for a matrix that is not (h, h), symmetric and without negative weights,
-        and where its eigenspaces are too few for the filter; then nothing has changed.
+        Raises ValueError for a matrix that is not (h, h), symmetric, finite and without negative
+        weights, and where its eigenspaces are too few for the filter; then nothing has changed.
         """
-        if adjacency.shape != (self.grid.num_heads,) * 2:
-            raise ValueError(
-                f"adjacency must be (h, h) with h {self.grid.num_heads}, "
-                f"got {tuple(adjacency.shape)}"
-            )
+        weights, count = undirected(adjacency, "cpu"), self.grid.num_heads
+        if len(weights) != count:
+            raise ValueError(f"adjacency must be (h, h) with h {count}, got {tuple(weights.shape)}")
         learned = dict(self.filter.named_parameters())
         like = self.filter.coefficients
-        self._see(adjacency, device=like.device, dtype=like.dtype)
+        self._see(weights, device=like.device, dtype=like.dtype)
         for name, parameter in learned.items():
             setattr(self.filter, name, parameter)
+        own = torch.equal(weights, self.grid.adjacency().double())
+        self.followed = None if own else weights.clone().view(torch.int64).to(like.device)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Follow the graph of a state first: what a filter holds has its size."""
+        bits = state_dict.get(f"{prefix}followed")
+        if bits is not None:
+            self.follow_(bits.view(torch.float64))
+        elif self.followed is not None and f"{prefix}gate" in state_dict:
+            self.follow_(self.grid.adjacency())
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def operators(self) -> Tensor:
         """g_c(L), (g, h, h)."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from enum import StrEnum
+from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
 
+from sixfold.attention.allowed import check_positive
 from sixfold.attention.multihead import MultiHeadAttention, check_sizes
+from sixfold.attention.named._own import check_own
 from sixfold.attention.score.cosine import LARGEST
 from sixfold.discover import unknown
 
@@ -43,10 +46,9 @@ def distance_score(
     beyond what the temperature of the cosine may be.
     """
     kind = DistanceType(distance_type)
-    if not (lambda_param > 0 and math.isfinite(lambda_param)):
-        raise ValueError(f"lambda_param must be positive and finite, got {lambda_param}")
-    if kind is DistanceType.LP and not p_norm >= 1:
-        raise ValueError(f"p_norm must be in [1, inf], got {p_norm}")
+    check_positive("lambda_param", lambda_param)
+    if kind is DistanceType.LP and not (isinstance(p_norm, Real) and p_norm >= 1):
+        raise ValueError(f"p_norm must be in [1, inf], got {p_norm!r}")
     rate = lambda_param / math.sqrt(head_dim)
     if kind is DistanceType.COSINE and rate > LARGEST:
         raise ValueError(
@@ -73,8 +75,8 @@ class DistanceBasedAttention(nn.Module):
         options: any further argument of `MultiHeadAttention`.
 
     Raises:
-        ValueError: for an unknown distance, a lambda that is not positive, a p below 1, and
-            sizes that do not divide.
+        ValueError: for an unknown distance, a lambda that is not positive, a p below 1, sizes that
+            do not divide, and a score, which is made of the arguments above.
 
     Source: Kim, Papamakarios, Mnih, arXiv 2006.04710 (squared L2); Liu et al., arXiv 2111.09883,
     section 3.2 (cosine).
@@ -97,6 +99,7 @@ class DistanceBasedAttention(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
+        check_own(type(self).__name__, options, score="distance_type, lambda_param and p_norm")
         sizes = (options.get("head_dim"), options.get("num_kv_heads"))
         head_dim = check_sizes(hidden_size, num_heads, *sizes).head_dim
         self.distance_type = DistanceType(distance_type)

@@ -16,6 +16,7 @@ from sixfold.attention.hierarchy import (
     of_beliefs,
     tokens_of,
 )
+from sixfold.attention.named._own import check_own
 from sixfold.attention.named.gauge import GaugeAttention, told
 
 
@@ -46,7 +47,7 @@ class EmergentHierarchicalAttention(GaugeAttention):
         options: any further argument of `GaugeAttention` but `reach`.
 
     Raises:
-        ValueError: for rules that cannot be meant, and as `GaugeAttention`.
+        ValueError: for rules that cannot be meant, a reach beside them, and as `GaugeAttention`.
 
     >>> import torch
     >>> layer = EmergentHierarchicalAttention(1, kappa=1.0, block=4, threshold=0.5)
@@ -79,6 +80,7 @@ class EmergentHierarchicalAttention(GaugeAttention):
             "temperature": temperature,
             "learned": learned,
         }
+        check_own(type(self).__name__, options, reach=", ".join(list(reach)[1:]))
         super().__init__(d_model, num_heads, head_dim, reach=reach, **options)
 
     def emerge(

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sixfold.attention.allowed import check_positive
 from sixfold.attention.beliefs import Update, believe, divergence_score, listen, settle, to_own
-from sixfold.attention.hierarchy import gaussians
 from sixfold.attention.masks import visibility_of
-from sixfold.attention.moments import moments
+from sixfold.attention.moments import gaussians, moments
 from sixfold.attention.multihead import MultiHeadAttention, check_sizes
+from sixfold.attention.named._own import check_own
 from sixfold.contracts import Belief, Features, Visibility
 from sixfold.ops.attend.reference import weights
 from sixfold.ops.precision import exact, wide
@@ -40,7 +41,8 @@ class GaugeAttention(MultiHeadAttention):
         options: any further argument of `MultiHeadAttention`.
 
     Raises:
-        ValueError: for a kappa that is not positive, and as `MultiHeadAttention`.
+        ValueError: for a kappa that is not positive, a projection or score, which are made of the
+            arguments above, and as `MultiHeadAttention`.
 
     >>> import torch
     >>> layer = GaugeAttention(16, num_heads=4)
@@ -60,6 +62,8 @@ class GaugeAttention(MultiHeadAttention):
         learn_kappa: bool = False,
         **options: Any,
     ) -> None:
+        own = {"projection": "frames and per", "score": "kappa and learn_kappa"}
+        check_own(type(self).__name__, options, **own)
         width = check_sizes(d_model, num_heads, head_dim, options.get("num_kv_heads")).head_dim
         projection = {"name": "gaussian", "tied": True, "frames": frames, "per": per}
         score = divergence_score(math.sqrt(width) if kappa is None else kappa, learned=learn_kappa)
@@ -174,8 +178,7 @@ class GaugeAttention(MultiHeadAttention):
         >>> round(layer.settle(mu, var).mean[0].item(), 4)  # (1 * 0 + 2 * 3) / (1 + 2)
         2.0
         """
-        if not (strength > 0 and math.isfinite(strength)):
-            raise ValueError(f"strength must be positive and finite, got {strength}")
+        check_positive("strength", strength)
         # natural parameters do not bear half precision
         wider = [None if part is None else wide(part) for part in (mean, covariance, phi, factor)]
         belief = believe(*wider[:3], factor=wider[3], algebra=self.frames)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from sixfold.attention.allowed import check_whole
 from sixfold.attention.multihead import MultiHeadAttention
+from sixfold.attention.named._own import check_own, check_part
 from sixfold.geometry.hexgrid import HexGrid
 
 
@@ -17,7 +20,12 @@ class HexagonalMultiHeadAttention(MultiHeadAttention):
         d_head: width of a head (`head_dim` elsewhere).
         use_hypernet: projections from a hypernetwork instead of base plus coordinate term.
         use_spectral: heads mix through the spectrum of the grid instead of with their neighbours.
-        options: any further argument of `MultiHeadAttention`.
+        options: any further argument of `MultiHeadAttention`; parts that are asked for already may
+            come as a table, ``mixer={"name": "spectral", "filter": "rational"}``.
+
+    Raises:
+        ValueError: for a radius that is no whole number of 0 or more, a projection or mixer beside
+            `use_hypernet` or `use_spectral` that is another, and as `MultiHeadAttention`.
 
     >>> HexagonalMultiHeadAttention(d_model=64, grid_radius=2, d_head=8).heads.num_heads
     19
@@ -32,6 +40,11 @@ class HexagonalMultiHeadAttention(MultiHeadAttention):
         use_spectral: bool = False,  # noqa: FBT001, FBT002
         **options: Any,
     ) -> None:
+        check_own(type(self).__name__, options, num_heads="grid_radius", head_dim="d_head")
+        if use_hypernet:
+            check_part(options, "projection", "hypernetwork", "where use_hypernet is True")
+        if use_spectral:
+            check_part(options, "mixer", "spectral", "where use_spectral is True")
         parts = {
             "projection": "hypernetwork" if use_hypernet else "coordinate",
             "mixer": "spectral" if use_spectral else "hexagonal",
@@ -57,12 +70,13 @@ class SpectralHexagonalAttention(MultiHeadAttention):
         filter: ``bands``, ``smooth``, ``chebyshev`` or ``rational``.
         order: number of bands or knots, degree, or number of poles.
         spatial: mix with the neighbours on the grid as well.
-        options: any further argument of `MultiHeadAttention`; ``mixer`` as a table
-            ``{"name": "spectral", ...}`` takes the place of the four above.
+        options: any further argument of `MultiHeadAttention`; ``mixer`` as a table, for instance
+            ``{"name": "spectral", "groups": 2}``, says more of the mixer and goes before the above.
 
     Raises:
-        ValueError: for a k below 1, a filter that does not exist, and an order that would learn
-            more numbers than eigenspaces are kept.
+        ValueError: for a k that is no whole number of 1 or more, a filter that does not exist, an
+            order that would learn more numbers than eigenspaces are kept, another mixer, and as
+            `HexagonalMultiHeadAttention`.
 
     Source: filters of a graph's spectrum, Defferrard et al., arXiv 1606.09375, section 2.1.
 
@@ -84,6 +98,9 @@ class SpectralHexagonalAttention(MultiHeadAttention):
         spatial: bool = False,
         **options: Any,
     ) -> None:
+        check_own(type(self).__name__, options, num_heads="grid_radius", head_dim="d_head")
+        check_part(options, "mixer", "spectral", "in SpectralHexagonalAttention")
+        check_whole(k_eigenvectors=k_eigenvectors)
         num_heads = HexGrid(grid_radius).num_heads
         mixer = {
             "name": "spectral",
@@ -92,4 +109,6 @@ class SpectralHexagonalAttention(MultiHeadAttention):
             "modes": min(k_eigenvectors, num_heads),
             "spatial": spatial,
         }
-        super().__init__(d_model, num_heads, head_dim=d_head, **({"mixer": mixer} | options))
+        table = options.pop("mixer", {})
+        mixer |= table if isinstance(table, Mapping) else {}
+        super().__init__(d_model, num_heads, head_dim=d_head, mixer=mixer, **options)

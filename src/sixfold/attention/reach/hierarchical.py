@@ -16,11 +16,13 @@ expected, without the draw, as they are without dropout. In `eval` groups are ha
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from sixfold.attention.allowed import check_positive, check_whole
 from sixfold.contracts import Cache, Features, Heads, Rating, Visibility
 from sixfold.ops.attend.reference import attend, masked, visible
 from sixfold.ops.condense import cells, fused, reference
@@ -137,7 +139,7 @@ class Hierarchical(nn.Module):
         levels, below, width = [], tokens, block
         for scale in range(scales):
             name, count = f"cells {scale}", cells.num_cells(m, block, scale, is_causal=True)
-            fresh = below.cells(width, count).after(cache.filled(name))
+            fresh = below.cells(width, count, cache.filled(name))
             packed = condensed(fresh, far.divergence, rules)[0].packed()
             kept = cache.append(name, packed, span=block << scale)
             levels.append(Tokens.unpacked(kept, rules.capacity, tokens))
@@ -152,21 +154,29 @@ class Hierarchical(nn.Module):
 
 def check(rules: Rules, *, learns: bool) -> None:
     """Raise ValueError for rules that cannot be meant."""
-    for name in ("block", "capacity"):
-        if not (isinstance(getattr(rules, name), int) and getattr(rules, name) >= 1):
-            raise ValueError(f"{name} must be 1 or more, got {getattr(rules, name)}")
-    if rules.scales is not None and not (isinstance(rules.scales, int) and rules.scales >= 1):
-        raise ValueError(f"scales must be 1 or more, or None; got {rules.scales}")
-    if not rules.threshold >= 0:
-        raise ValueError(f"threshold must be 0 or more, got {rules.threshold}")
-    if rules.temperature is None:
-        if learns:
-            raise ValueError("learned needs a temperature: hard groups give it no gradient")
-        return
-    for name in ("temperature", "threshold"):
-        value = getattr(rules, name)
-        if not 0 < value < math.inf:
-            raise ValueError(f"soft groups need a {name} positive and finite, got {value}")
+    check_whole(block=rules.block, capacity=rules.capacity)
+    if rules.scales is not None:
+        check_whole(scales=rules.scales)
+    check_threshold("threshold", rules.threshold)
+    check_positive("temperature", rules.temperature, none=True)
+    if learns and rules.temperature is None:
+        raise ValueError("learned needs a temperature: hard groups give it no gradient")
+    if rules.temperature is not None and not 0 < rules.threshold < math.inf:
+        raise ValueError(
+            f"soft groups need a threshold positive and finite, got {rules.threshold!r}"
+        )
+
+
+def check_threshold(name: str, value: object) -> None:
+    """Raise ValueError for a divergence that is no number of 0 or more; it may be infinite."""
+    if not (isinstance(value, Real) and not isinstance(value, bool) and value >= 0):
+        raise ValueError(f"{name} must be 0 or more, got {value!r}")
+
+
+def check_learned(learned: object) -> None:
+    """Raise ValueError for what is neither True nor False."""
+    if not isinstance(learned, bool):
+        raise ValueError(f"learned must be True or False, got {learned!r}")
 
 
 def alive(tokens: Tokens, mask: Tensor | None) -> Tokens:
@@ -201,5 +211,6 @@ def build(
 
     Raises ValueError for values that cannot be meant, and for ``learned`` without a temperature.
     """
+    check_learned(learned)
     rules = Rules(block, capacity, threshold, scales, temperature)
     return Hierarchical(rules, heads.num_kv_heads if learned else 0, **factory)

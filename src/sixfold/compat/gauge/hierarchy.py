@@ -2,21 +2,27 @@
 
 A cluster is a list of agents, neighbours in the sequence. Consensus is KL both ways below the
 threshold between neighbours, in the frame that all share.
+
+A hierarchy is a graph, ``nodes`` and ``edges``. Nodes are listed finer scales first. Edges (2, e)
+lead from a part to the whole: row 0 is a child and row 1 its parent, each by its number in `nodes`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sixfold.attention import hierarchy
+from sixfold.attention.allowed import check_whole
 from sixfold.attention.beliefs import believe, divergence_score
 from sixfold.attention.multihead import Part, check_sizes
 from sixfold.attention.named.emergent import EmergentHierarchicalAttention as Attention
+from sixfold.attention.reach.hierarchical import check_threshold
 from sixfold.compat.gauge.agents import Agent, stack, tokens_as_agents
 from sixfold.models._block import Block
 
@@ -42,11 +48,20 @@ class MetaAgent(NamedTuple):
     scale: int = 1
 
 
-class HierarchicalConfig(NamedTuple):
-    """When tokens condense: in every how many layers, and below which divergence."""
+@dataclass(frozen=True)
+class HierarchicalConfig:
+    """When tokens condense: in every how many layers, and below which divergence.
+
+    Raises ValueError for an interval that is no whole number of 1 or more, and a threshold that is
+    no number of 0 or more.
+    """
 
     consensus_check_interval: int = 1
     consensus_kl_threshold: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_whole(consensus_check_interval=self.consensus_check_interval)
+        check_threshold("consensus_kl_threshold", self.consensus_kl_threshold)
 
 
 def detect_consensus_groups(
@@ -54,11 +69,14 @@ def detect_consensus_groups(
 ) -> list[list[Agent]]:
     """The longest runs of two or more agents whose neighbours agree.
 
+    Raises ValueError for a threshold that is no number of 0 or more.
+
     >>> mu = torch.tensor([[0.0], [5.0], [5.1], [5.2]])
     >>> agents = tokens_as_agents(mu, torch.ones(4, 1, 1), torch.zeros(4, 0))
     >>> [[agent.pos for agent in cluster] for cluster in detect_consensus_groups(agents, 0.1)]
     [[1, 2, 3]]
     """
+    check_threshold("kl_threshold", kl_threshold)
     ordered = sorted(agents, key=lambda agent: agent.pos)
     found = hierarchy.consensus(believe(*stack(ordered)), kl_threshold)
     runs = [ordered[group.start : group.stop] for group in found]
@@ -72,6 +90,7 @@ def detect_consensus(
     phi: Tensor | None = None,
 ) -> list[list[Agent]]:
     """The same of tokens (n, d), (n, d, d), which share one frame where there is no phi."""
+    check_threshold("threshold", threshold)
     return detect_consensus_groups(tokens_as_agents(mu, Sigma, frames(mu, phi)), threshold)
 
 
@@ -82,16 +101,23 @@ def condense(agents: Sequence[Agent]) -> MetaAgent:
 
 
 def build_hierarchy_graph(clusters: Sequence[Sequence[Agent]]) -> dict[str, Any]:
-    """Which agent is part of which cluster: ``nodes``, positions; ``edges`` (2, e), both numbers.
+    """Which agent is part of which cluster; every node is the positions of its agents.
+
+    Nodes are the agents of all clusters and, after them, the clusters.
 
     >>> agents = tokens_as_agents(torch.zeros(3, 1), torch.ones(3, 1, 1), torch.zeros(3, 0))
-    >>> build_hierarchy_graph([agents[:2], agents[2:]])["edges"]
-    tensor([[0, 1, 2],
-            [0, 0, 1]])
+    >>> graph = build_hierarchy_graph([agents[1:]])
+    >>> graph["nodes"]
+    [(1,), (2,), (1, 2)]
+    >>> graph["edges"]
+    tensor([[0, 1],
+            [2, 2]])
     """
-    pairs = [(agent.pos, number) for number, run in enumerate(clusters) for agent in run]
-    edges = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).T
-    return {"nodes": [agent.pos for run in clusters for agent in run], "edges": edges}
+    wholes = [tuple(agent.pos for agent in run) for run in clusters]
+    parts = [(position,) for run in wholes for position in run]
+    parents = [number for number, run in enumerate(wholes, len(parts)) for _ in run]
+    edges = torch.tensor([list(range(len(parts))), parents], dtype=torch.int64)
+    return {"nodes": [*parts, *wholes], "edges": edges}
 
 
 def frames(mu: Tensor, phi: Tensor | None) -> Tensor:
@@ -120,11 +146,14 @@ class EmergentHierarchicalAttention(Attention):
         phi: Tensor | None = None,
         **masks: Any,
     ) -> dict[str, Any]:
-        """``base_tokens``, and unless it is disabled ``meta_tokens`` by scale and ``hierarchy``."""
+        """``base_tokens``, and unless it is disabled ``meta_tokens`` by scale and ``hierarchy``.
+
+        Nodes of the hierarchy are `Group`s: which tokens of which head, and of which scale.
+        """
         if not self.enable_emergence:
             return {"base_tokens": self.update(mu, Sigma, phi, **masks).mean}
         found = self.emerge(mu, Sigma, phi, **masks)
-        graph = {"nodes": found.hierarchy, "edges": hierarchy.edges(found.hierarchy)}
+        graph = {"nodes": list(found.hierarchy), "edges": hierarchy.edges(found.hierarchy)}
         return {
             "base_tokens": found.base_tokens.mean,
             "meta_tokens": found.meta_tokens,
@@ -173,16 +202,12 @@ class HierarchicalTransformerBlock(Block):
         self,
         d_model: int,
         num_heads: int = 1,
-        config: HierarchicalConfig = HierarchicalConfig(),  # noqa: B008 - it cannot be changed
+        config: HierarchicalConfig = HierarchicalConfig(),
         *,
         layer: int = 0,
         block: int = 64,
         **options: Any,
     ) -> None:
-        if config.consensus_check_interval < 1:
-            raise ValueError(
-                f"consensus_check_interval must be 1 or more, got {config.consensus_check_interval}"
-            )
         width = check_sizes(d_model, num_heads, None, None).head_dim
         reach: Part = "full"
         if layer % config.consensus_check_interval == 0:

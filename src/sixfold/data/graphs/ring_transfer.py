@@ -32,7 +32,8 @@ class RingTransfer:
         others: what the remaining nodes show.
 
     Raises:
-        DataError: for a length or a number of classes below 2, and unknown `others`.
+        DataError: for a length or a number of classes that is not whole or below 2, and unknown
+            `others`.
 
     >>> graph, targets = RingTransfer(length=2, classes=3).train_batch(seed=0, step=0, size=1)
     >>> graph.nodes.tolist(), targets.tolist()
@@ -44,6 +45,9 @@ class RingTransfer:
     others: Literal["ones", "labels"] = "ones"
 
     def __post_init__(self) -> None:
+        for name, value in (("length", self.length), ("classes", self.classes)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise DataError(f"{name} must be a whole number of at least 2, not {value!r}")
         require(2, length=self.length, classes=self.classes)
         if self.others not in OTHERS:
             raise DataError(unknown("others", self.others, OTHERS))

@@ -1,7 +1,7 @@
 """How far attention over meta-tokens can be from attention over all tokens.
 
-Where no logit moves by more than e, no weight changes by more than the factor exp(2e), so no
-coordinate of the output moves by more than (exp(2e) - 1) max |v|. A logit moves with its token's
+Where no logit moves by more than e, weights move by 2 tanh(e / 2) in all, and no coordinate of the
+output by more than 2 tanh(e / 2) max |v|. A logit moves with its token's
 features to those of its group: by at most scale |q| times the diagonal of the box around them.
 """
 
@@ -24,10 +24,12 @@ def radii(key: Tensor, keys: Keys, pyramid: Pyramid) -> list[Tensor]:
         inside = pad(key, (0, 0, 0, share.shape[-3] * share.shape[-2] - key.shape[-2]))
         cell = torch.arange(share.shape[-3], device=key.device)[:, None] * share.shape[-1]
         place = (cell + share.argmax(-1)).flatten(-2)[..., None].expand_as(inside)
+        # what is not there, or hidden, is of no group: it stands where a group is
+        there = share.any(-1).flatten(-2)[..., None]
+        inside = torch.where(there, inside, group.gather(-2, place))
         high = group.scatter_reduce(-2, place, inside, "amax")
         low = group.scatter_reduce(-2, place, inside, "amin")
-        apart = (high - low).norm(dim=-1).view_as(level.size)
-        found.append(apart.masked_fill(level.size <= 1, 0.0))
+        found.append((high - low).norm(dim=-1).view_as(level.size))
     return found
 
 
@@ -38,14 +40,15 @@ def logit_error(
     query, key, scale = rating
     n, m = query.shape[-2], key.shape[-2]
     num_blocks, first = -(-m // rules.block), (m - n) // rules.block
-    table = cells.table(key, first, num_blocks, pyramid.counts, is_causal)
+    start = [0] * len(pyramid.counts)
+    table = cells.table(key, first, num_blocks, pyramid.counts, start, is_causal)
     if not table.numel():
         return query.new_zeros(query.shape[:-1])
     largest = torch.cat([r.amax(-1) for r in radii(key, keys, pyramid)], dim=-1)
     seen = largest[..., table.clamp(min=0)].masked_fill(table < 0, 0.0).amax(-1)
     block = torch.arange(m - n, m, device=key.device) // rules.block - first
     radius = seen[..., block].repeat_interleave(query.shape[1] // key.shape[1], 1)
-    return abs(scale) * query.norm(dim=-1) * radius
+    return scale * query.norm(dim=-1) * radius
 
 
 def output_error(logit_error: Tensor, value: Tensor) -> Tensor:

@@ -68,6 +68,20 @@ def far(block: int, num_blocks: int, scales: int, *, is_causal: bool) -> list[Ce
     return found if is_causal else found + after(block + NEAR + 1, num_blocks, scales)
 
 
+def earliest(first: int, scales: int, *, is_causal: bool) -> tuple[int, ...]:
+    """By scale, a number below which no cell is seen by a block from `first` on.
+
+    The tiles of a later block end later, scale by scale.
+
+    >>> earliest(8, 3, is_causal=True), earliest(8, 3, is_causal=False)
+    ((6, 2, 0), (0, 0, 0))
+    """
+    found = [0] * scales
+    for cell in before(first - NEAR, scales) if is_causal else []:
+        found[cell.scale] = cell.number  # from the end outward: the last of a scale is its first
+    return tuple(found)
+
+
 def num_cells(num_tokens: int, block: int, scale: int, *, is_causal: bool) -> int:
     """Cells of a scale: those that are full, or all where what comes after is seen too.
 
@@ -99,10 +113,16 @@ def num_scales(num_blocks: int, scales: int | None) -> int:
 
 @lru_cache(maxsize=256)
 def rows(
-    first: int, num_blocks: int, counts: tuple[int, ...], *, is_causal: bool
+    first: int,
+    num_blocks: int,
+    counts: tuple[int, ...],
+    starts: tuple[int, ...],
+    *,
+    is_causal: bool,
 ) -> list[list[int]]:
     """What `table` holds."""
-    offsets, scales = [0, *accumulate(counts)], len(counts)
+    scales, held = len(counts), [c - s for c, s in zip(counts, starts, strict=True)]
+    offsets = [o - s for o, s in zip([0, *accumulate(held)], starts, strict=False)]
     seen = (
         far(block, num_blocks, scales, is_causal=is_causal) for block in range(first, num_blocks)
     )
@@ -117,21 +137,22 @@ def table(
     first: int,
     num_blocks: int,
     counts: Sequence[int],
+    starts: Sequence[int],
     is_causal: bool,  # noqa: FBT001 - an operator takes plain values
 ) -> Tensor:
     """For blocks from `first` on, the cells they see, (blocks, slots); -1 where there is none.
 
-    Cells of all scales are numbered through, finer scales first; counts: how many each scale has;
-    like: a tensor of the device that reads them. An operator, so that a compiler takes it whole
-    and does not unroll the loops; it is compiled once a length.
+    Cells of all scales are numbered through, finer scales first, of each those from `starts` on;
+    counts: how many each scale has; like: a tensor of the device that reads them. An operator, so
+    that a compiler takes it whole and does not unroll the loops; it is compiled once a length.
     """
-    given = rows(first, num_blocks, tuple(counts), is_causal=is_causal)
+    given = rows(first, num_blocks, tuple(counts), tuple(starts), is_causal=is_causal)
     return torch.tensor(given, dtype=torch.int64, device=like.device)
 
 
 @table.register_fake
 def _(like: Tensor, *given: Any) -> Tensor:
-    first, num_blocks, counts, is_causal = given
-    sizes = int(first), int(num_blocks), tuple(map(int, counts))
+    first, num_blocks, counts, starts, is_causal = given
+    sizes = int(first), int(num_blocks), tuple(map(int, counts)), tuple(map(int, starts))
     found = rows(*sizes, is_causal=is_causal)
     return like.new_empty(len(found), len(found[0]), dtype=torch.int64)

@@ -75,15 +75,18 @@ def attend(
     num_blocks, first = -(-m // block), (m - n) // block
     ones = query.new_full((1,), 1 / scale).expand(*query.shape[:-1], columns(query.dtype))
     query = in_blocks(torch.cat([query, ones], -1), block, front=(m - n) % block)
-    size = in_blocks(tokens.size[..., None], block)[..., 0]
-    near = filled(in_blocks(key, block), in_blocks(tokens.value, block), size)
-    key, value = (beside(part, first, is_causal=is_causal) for part in near)
+    skip = max(first - cells.NEAR, 0) if is_causal else 0  # blocks that none sees token by token
+    parts = (key, tokens.value, tokens.size[..., None])
+    *both, size = (in_blocks(part[..., skip * block :, :], block) for part in parts)
+    near = filled(*both, size[..., 0])
+    key, value = (beside(part, first - skip, is_causal=is_causal) for part in near)
     mask = seen(first, num_blocks, block, is_causal=is_causal)
-    table = cells.table(query, first, num_blocks, pyramid.counts, is_causal)
+    starts, levels = pyramid.seen(first, is_causal=is_causal)
+    table = cells.table(query, first, num_blocks, pyramid.counts, starts, is_causal)
     if table.numel():
-        flat = [level.joined() for level in pyramid.levels]
-        levels = [filled(keys(t.moments), t.value, t.size) for t in flat]
-        far = [picked(parts, table, rules.capacity) for parts in zip(*levels, strict=True)]
+        flat = [level.joined() for level in levels]
+        ready = [filled(keys(t.moments), t.value, t.size) for t in flat]
+        far = [picked(parts, table, rules.capacity) for parts in zip(*ready, strict=True)]
         key, value = torch.cat([key, far[0]], -2), torch.cat([value, far[1]], -2)
         there = (table >= 0).repeat_interleave(rules.capacity, 1)
         mask = torch.cat([mask.to(query.device), there[:, None].expand(-1, block, -1)], -1)

@@ -24,17 +24,18 @@ class Tokens(NamedTuple):
     value: Tensor
     size: Tensor
 
-    def cells(self, width: int, count: int) -> Tokens:
-        """The first `count` cells of `width` places: (..., n, w) to (..., count, width, w).
+    def cells(self, width: int, count: int, first: int = 0) -> Tokens:
+        """Cells `first` to `count` of `width` places each: (..., n, w) to (..., cells, width, w).
 
         Places beyond the end are empty.
         """
-        missing = count * width - self.size.shape[-1]
+        start, missing = first * width, count * width - self.size.shape[-1]
         moments, value = (
-            pad(t, (0, 0, 0, missing)).unflatten(-2, (count, width))
+            pad(t[..., start:, :], (0, 0, 0, missing)).unflatten(-2, (count - first, width))
             for t in (self.moments, self.value)
         )
-        return Tokens(moments, value, pad(self.size, (0, missing)).unflatten(-1, (count, width)))
+        size = pad(self.size[..., start:], (0, missing)).unflatten(-1, (count - first, width))
+        return Tokens(moments, value, size)
 
     def after(self, cell: int) -> Tokens:
         """The cells from number `cell` on."""
@@ -71,6 +72,8 @@ def apart(tokens: Tokens, divergence: Divergence) -> Tensor:
     previous = pad(latest[..., :-1], (1, 0), value=-1)
     index = previous.clamp(min=0)[..., None].expand(tokens.moments.shape)
     found = divergence(tokens.moments, tokens.moments.gather(-2, index))
+    # infinity says that a cell begins
+    found = found.clamp(max=torch.finfo(found.dtype).max)
     return found.masked_fill(previous < 0, torch.inf).masked_fill(~there, -torch.inf)
 
 

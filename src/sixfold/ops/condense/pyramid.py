@@ -44,7 +44,8 @@ class Pyramid(NamedTuple):
     """Meta-tokens by scale, (b, h, cells, capacity), and which of the scale below are theirs.
 
     places[s] (b, h, cells, n, capacity): of the tokens of a cell of scale 0, or of the meta-tokens
-    of both its halves, the share that is at each place; () where that was not kept.
+    of both its halves, the share that is at each place, 0 of empty ones; () where that was not
+    kept.
     """
 
     levels: tuple[Tokens, ...]
@@ -54,6 +55,12 @@ class Pyramid(NamedTuple):
     def counts(self) -> tuple[int, ...]:
         """Cells by scale."""
         return tuple(level.size.shape[-2] for level in self.levels)
+
+    def seen(self, first: int, *, is_causal: bool) -> tuple[tuple[int, ...], tuple[Tokens, ...]]:
+        """By scale, the first cell that blocks from number `first` on see, and those from it on."""
+        starts = cells.earliest(first, len(self.levels), is_causal=is_causal)
+        rest = (level.after(start) for level, start in zip(self.levels, starts, strict=True))
+        return starts, tuple(rest)
 
 
 def condensed(below: Tokens, divergence: Divergence, rules: Rules) -> tuple[Tokens, Tensor]:
@@ -72,6 +79,7 @@ def condensed(below: Tokens, divergence: Divergence, rules: Rules) -> tuple[Toke
                 noise = torch.rand_like(distance).clamp(min=1e-6, max=1 - 1e-6).logit()
             given = (rules.threshold, rules.capacity, rules.temperature)
             where = soft_places(distance, *given, noise)
+        where = where * (below.size > 0)[..., None]
     return condense(below, where), where
 
 
