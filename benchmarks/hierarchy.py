@@ -1,8 +1,8 @@
 """Cost of the hierarchical reach against length, beside full attention.
 
-Rows go to results/hierarchy.csv: a causal layer of 8 heads of 64, forward and forward+backward, with far
-tokens condensed, over the same layer that sees all of them, taken in turn: median of the ratios and half
-the distance between the quartiles. Beyond LARGEST_FULL tokens only the hierarchical layer is timed, over itself
+Rows go to results/hierarchy.csv: a causal layer of 8 heads of 64, forward and forward+backward, and one more
+token after so many in a cache, with far tokens condensed, over the same layer that sees all of them, taken
+in turn: median of the ratios and half the distance between the quartiles. Beyond LARGEST_FULL tokens only the hierarchical layer is timed, over itself
 at half the length: 2 is linear, 4 what full attention would do.
 """
 
@@ -16,6 +16,7 @@ import torch
 from timing import interleaved, ratio, typical
 
 from sixfold import MultiHeadAttention, record
+from sixfold.attention.cache import KeyValueCache
 from sixfold.record import Provenance, Result, publish
 
 RESULTS = Path(__file__).parents[1] / "results" / "hierarchy.csv"
@@ -24,7 +25,7 @@ LARGEST_FULL = 16384
 """Full attention takes minutes beyond."""
 BUDGETS = ((64, 8), (64, 16), (128, 16))
 """Tokens of a block and meta-tokens of a cell."""
-MODES = ("forward", "forward+backward")
+MODES = ("forward", "forward+backward", "a token more")
 
 
 def layers() -> dict[str, MultiHeadAttention]:
@@ -37,8 +38,13 @@ def layers() -> dict[str, MultiHeadAttention]:
 
 
 def called(layer: MultiHeadAttention, n: int, mode: str) -> Callable[[], object]:
-    """One pass over n random tokens."""
+    """One pass over n random tokens, or over what comes after them."""
     x = torch.randn(1, n, 512, requires_grad=True)
+    if mode == "a token more":
+        cache = KeyValueCache()
+        step = torch.no_grad()(lambda part: layer(part, is_causal=True, cache=cache))
+        step(x)
+        return lambda: step(x[:, :1])
     if mode == "forward":
         return torch.no_grad()(lambda: layer(x, is_causal=True))
     leaves = (x, *layer.parameters())
@@ -71,6 +77,7 @@ def rows(n: int, mode: str, rounds: int) -> list[Result]:
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--lengths", nargs="+", type=int, default=LENGTHS)
+    arguments.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     arguments.add_argument("--rounds", type=int, default=7)
     arguments.add_argument("--smoke", action="store_true", help="seconds; publishes nothing")
     given = arguments.parse_args()
@@ -79,7 +86,7 @@ def main() -> None:
     device = f"{record.device_name()}, {threads} threads, torch {torch.__version__}"
     settings = record.config_hash({"rounds": given.rounds, "budgets": BUDGETS})
     for n in (256,) if given.smoke else given.lengths:
-        for mode in MODES:
+        for mode in given.modes:
             done = rows(n, mode, given.rounds)
             for row in done:
                 print(
