@@ -119,14 +119,17 @@ def test_names_are_files():
 
 def test_what_cannot_be_asked_is_refused():
     for wrong, message in (
-        (lambda: RingTransfer(length=1), "length must be at least 2, not 1"),
-        (lambda: RingTransfer(classes=1), "classes must be at least 2, not 1"),
+        (lambda: RingTransfer(length=1), "length must be a whole number of at least 2, not 1"),
+        (lambda: RingTransfer(classes=1), "classes must be a whole number of at least 2, not 1"),
         (lambda: RingTransfer(length=2.5), "length must be a whole number of at least 2, not 2.5"),
         (lambda: RingTransfer(length="3"), "length must be a whole number of at least 2, not '3'"),
         (lambda: RingTransfer(classes=True), "classes must be a whole number .*, not True"),
         (lambda: RingTransfer(others="label"), "unknown others 'label'.*Did you mean 'labels'"),
-        (lambda: TreeMatch(depth=0), "depth must be at least 1, not 0"),
-        (lambda: TreeMatch(depth=2).train_batch(0, 0, 0), "size must be at least 1, not 0"),
+        (lambda: TreeMatch(depth=0), "depth must be a whole number of at least 1, not 0"),
+        (
+            lambda: TreeMatch(depth=2).train_batch(0, 0, 0),
+            "size must be a whole number of at least 1, not 0",
+        ),
     ):
         with pytest.raises(DataError, match=message):
             wrong()

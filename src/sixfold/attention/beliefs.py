@@ -8,12 +8,12 @@ Omega_ij^T - mu_i' mu_i'^T. Both are sums in the common frame, read in the frame
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sixfold.attention.allowed import check_positive
 from sixfold.attention.score.kl import move
 from sixfold.contracts import Belief, Features, Visibility
 from sixfold.geometry.frames import dimension, element
@@ -37,8 +37,7 @@ def divergence_score(kappa: float, *, learned: bool) -> dict[str, Any]:
 
     Raises ValueError for a kappa that is not positive.
     """
-    if not (kappa > 0 and math.isfinite(kappa)):
-        raise ValueError(f"kappa must be positive and finite, got {kappa}")
+    check_positive("kappa", kappa)
     return {"name": "kl", "rate": 1 / kappa, "learned": learned}
 
 

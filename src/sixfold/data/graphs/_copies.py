@@ -51,7 +51,7 @@ def share_right(logits: Tensor, targets: Tensor) -> float:
 
 
 def require(least: int, **values: int) -> None:
-    """DataError naming the first of the values that lies below `least`."""
+    """DataError naming the first of the values that is no whole number, or lies below `least`."""
     for name, value in values.items():
-        if value < least:
-            raise DataError(f"{name} must be at least {least}, not {value}")
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise DataError(f"{name} must be a whole number of at least {least}, not {value!r}")

@@ -45,9 +45,6 @@ class RingTransfer:
     others: Literal["ones", "labels"] = "ones"
 
     def __post_init__(self) -> None:
-        for name, value in (("length", self.length), ("classes", self.classes)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise DataError(f"{name} must be a whole number of at least 2, not {value!r}")
         require(2, length=self.length, classes=self.classes)
         if self.others not in OTHERS:
             raise DataError(unknown("others", self.others, OTHERS))
