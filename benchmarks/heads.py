@@ -82,7 +82,7 @@ TASKS = {
     ),
     "associative recall": Task(
         associative_recall.build, {"vocab_size": 16, "pairs": 2, "length": 8, "power": 1.0},
-        400, 32, (8e-3, 16e-3), 3,
+        800, 32, (8e-3, 16e-3), 3,
     ),
     "language model": Task(shakespeare.build, {"context": 64}, 600, 8, (4e-3, 8e-3, 16e-3), 3),
 }  # fmt: skip

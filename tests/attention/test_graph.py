@@ -99,7 +99,31 @@ def test_filters_are_functions_of_the_eigenvalues():
     heads = []
     for head, gains in enumerate(layer.response(lambdas)[:, 0]):
         heads.append(vectors @ torch.diag(gains) @ vectors.T @ value[:, head])
-    close(layer(graph.nodes, graph), layer.output(torch.cat(heads, dim=-1)))
+    close(layer(graph.nodes, graph), torch.cat(heads, dim=-1))
+
+
+def test_of_order_one_it_is_a_graph_convolution():
+    """Kipf and Welling, arXiv 1609.02907, section 2: D^(-1/2) A D^(-1/2) X W, edge by edge."""
+    layer, graph = made(order=1, score=None), random_graph(4)
+    with torch.no_grad():
+        layer.coefficients.copy_(torch.tensor([0.0, -1.0])[:, None, None])
+    degree = graph.edges[1].bincount(minlength=7).double()
+    expected = torch.zeros_like(graph.nodes)
+    for source, target in graph.edges.T.tolist():
+        expected[target] += graph.nodes[source] / (degree[source] * degree[target]).sqrt()
+    joined = degree > 0
+    close(layer(graph.nodes, graph)[joined], (expected @ layer.value.weight.T)[joined])
+
+
+@pytest.mark.parametrize("head", range(HEADS))
+def test_a_head_fills_channels_of_its_own(layer, head):
+    graph, own = random_graph(16), torch.arange(WIDTH) // (WIDTH // HEADS) == head
+    before = layer(graph.nodes, graph)
+    with torch.no_grad():
+        layer.value.weight[own] *= 2
+    after = layer(graph.nodes, graph)
+    close(after[:, own], 2 * before[:, own])
+    assert torch.equal(after[:, ~own], before[:, ~own])
 
 
 def test_without_filters_it_is_plain_attention():
@@ -108,14 +132,14 @@ def test_without_filters_it_is_plain_attention():
         plain.projection.qkv.weight.copy_(
             torch.cat([layer.queries_keys.weight, layer.value.weight])
         )
-        plain.output.weight.copy_(layer.output.weight)
+        torch.nn.init.eye_(plain.output.weight)
     graph = random_graph(5)
     expected = plain(graph.nodes[None])[0]
     close(layer(graph.nodes, graph), expected)
     both = made(gate=1.0)
     with torch.no_grad():
         both.coefficients.zero_()
-        for name in ("queries_keys", "value", "output"):
+        for name in ("queries_keys", "value"):
             getattr(both, name).weight.copy_(getattr(layer, name).weight)
     close(both(graph.nodes, graph), expected)
 
@@ -125,7 +149,7 @@ def test_both_paths_add_up_under_the_gate():
     there = Topology.of(graph)
     value = layer.value(graph.nodes).view(9, HEADS, -1)
     out = layer.filtered(value, there) + 0.3 * layer.attended(graph.nodes, value, there)
-    close(layer(graph.nodes, graph), layer.output(out.flatten(1)))
+    close(layer(graph.nodes, graph), out.flatten(1))
 
 
 def test_a_fresh_layer_walks_and_its_gates_learn_to_look_elsewhere():
@@ -163,7 +187,7 @@ def test_nodes_without_edges_keep_to_themselves():
     alone = Graph(nodes, torch.zeros(2, 0, dtype=torch.int64), torch.zeros(4, dtype=torch.int64))
     gain = layer.response([0.0])[:, 0]
     value = layer.value(nodes).view(4, HEADS, -1)
-    close(layer(nodes, alone), layer.output((gain * value).flatten(1)))
+    close(layer(nodes, alone), (gain * value).flatten(1))
 
 
 @pytest.mark.parametrize("sizes", [(7,), (4, 6)])

@@ -103,7 +103,7 @@ def test_residuals_dropout_and_depth_are_what_they_are_called():
         model = NodeClassifier(**TINY | {"attention": dead}, norm="none", residual=residual).eval()
         with torch.no_grad():
             for block in model.blocks:
-                block.attention.output.weight.zero_()
+                block.attention.value.weight.zero_()
             states = model.states(whole, Topology.of(graph()))
         assert torch.equal(states, expected * model.embedding(whole.nodes).relu())
     model = NodeClassifier(**TINY, num_layers=3, dropout=0.5)
@@ -135,7 +135,7 @@ def test_nodes_of_a_miniature_are_learned():
     model = NodeClassifier(
         data.graph.nodes.shape[1], data.num_classes, 16, attention={"num_heads": 2, "score": None}
     )
-    fit(model, lambda: cross_entropy(model(data.graph)[data.train], data.labels[data.train]), 40)
+    fit(model, lambda: cross_entropy(model(data.graph)[data.train], data.labels[data.train]), 100)
     right = (model.eval()(data.graph).argmax(-1) == data.labels)[data.test].float().mean()
     assert right > 0.8
 

@@ -14,10 +14,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sixfold.attention.allowed import check_whole
 from sixfold.attention.mixer._filters import polynomials
-from sixfold.attention.multihead import Part, build_part, check_sizes
+from sixfold.attention.multihead import Part, build_part
 from sixfold.attention.projection.linear import split_heads
-from sixfold.contracts import Graph, Visibility
+from sixfold.contracts import Graph, Heads, Visibility
 from sixfold.discover import unknown
 from sixfold.ops.attend import choose
 from sixfold.ops.graphfilter import fused, reference
@@ -114,11 +115,11 @@ class SpectralGraphAttention(nn.Module):
     held, and no eigenvectors are found: a filter takes `order` steps along the edges. Graphs side
     by side do not meet. A fresh filter is a lazy random walk of `order` steps, and the gates begin
     at 0: the layer starts as a graph convolution and learns how much it needs to look elsewhere.
+    The O_h stand side by side; as in a graph convolution, no output map follows.
 
     Args:
         d_model: width of inputs and outputs.
-        num_heads: heads, each with its filter.
-        head_dim: width of a head, d_model // num_heads unless given.
+        num_heads: heads, each with its filter and d_model // num_heads channels.
         order: degree of the filters, or None for attention alone (then without gates).
         per: one filter for each ``head`` or for each ``channel`` of a head.
         score: how nodes rate one another, any score of points of `MultiHeadAttention`, or None for
@@ -149,7 +150,6 @@ class SpectralGraphAttention(nn.Module):
         self,
         d_model: int,
         num_heads: int,
-        head_dim: int | None = None,
         *,
         order: int | None = 3,
         per: Literal["head", "channel"] = "head",
@@ -161,26 +161,28 @@ class SpectralGraphAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.heads = heads = check_sizes(d_model, num_heads, head_dim, None)
+        check_whole(d_model=d_model, num_heads=num_heads)
+        if d_model % num_heads:
+            raise ValueError(f"d_model {d_model} is not a multiple of num_heads {num_heads}")
         check(order, per, score, dropout)
+        self.heads = heads = Heads(d_model, num_heads, d_model // num_heads, num_heads)
         factory = {"device": device, "dtype": dtype}
-        width, self.dropout, self.impl = heads.num_heads * heads.head_dim, dropout, impl
-        self.value = nn.Linear(d_model, width, bias=False, **factory)
-        self.output = nn.Linear(width, d_model, bias=False, **factory)
+        self.dropout, self.impl = dropout, impl
+        self.value = nn.Linear(d_model, d_model, bias=False, **factory)
         self.queries_keys = self.score = self.coefficients = self.gate = None
         if score is not None:
             self.score = build_part("score", score, heads, **factory)
             if self.score.schema != "point":
                 raise ValueError(f"score {score!r} rates a {self.score.schema}, a node is a point")
             choose.check(self.score.gives, impl)
-            self.queries_keys = nn.Linear(d_model, 2 * width, bias=False, **factory)
+            self.queries_keys = nn.Linear(d_model, 2 * d_model, bias=False, **factory)
         if order is not None:
-            filters = (heads.num_heads, heads.head_dim if per == "channel" else 1)
+            filters = (num_heads, heads.head_dim if per == "channel" else 1)
             self.coefficients = nn.Parameter(torch.empty(order + 1, *filters, **factory))
             with torch.no_grad():
                 self.coefficients.copy_(walk(order)[:, None, None])
             if score is not None:
-                self.gate = nn.Parameter(torch.full((heads.num_heads,), gate, **factory))
+                self.gate = nn.Parameter(torch.full((num_heads,), gate, **factory))
         for linear in (m for m in self.children() if isinstance(m, nn.Linear)):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
 
@@ -206,11 +208,11 @@ class SpectralGraphAttention(nn.Module):
             )
         value = self.value(x).unflatten(-1, (-1, self.heads.head_dim))
         if self.coefficients is None:
-            return self.output(self.attended(x, value, there).flatten(1))
+            return self.attended(x, value, there).flatten(1)
         out = self.filtered(value, there)
         if self.gate is not None:
             out = out + self.gate[:, None] * self.attended(x, value, there)
-        return self.output(out.flatten(1))
+        return out.flatten(1)
 
     def filtered(self, value: Tensor, there: Topology) -> Tensor:
         """g_h(L) V_h of values (n, h, d), same shape out."""
