@@ -30,7 +30,9 @@ def random_graph(seed, sizes=(7,), chance=0.4):
 def made(seed=0, gate=0.7, **options):
     """A layer in float64 whose filters are not those it starts with."""
     torch.manual_seed(seed)
-    layer = SpectralGraphAttention(WIDTH, HEADS, gate=gate, dtype=torch.float64, **options)
+    if None not in (options.get("order", 3), options.get("score", "dot")):
+        options["gate"] = gate
+    layer = SpectralGraphAttention(WIDTH, HEADS, dtype=torch.float64, **options)
     if layer.coefficients is not None:
         torch.nn.init.normal_(layer.coefficients)
     return layer
@@ -250,7 +252,13 @@ def test_bfloat16_is_near_single_precision():
     ("options", "said"),
     [
         ({"order": None, "score": None}, "order and score cannot both be None"),
-        ({"order": -1}, "order must be 0 or more, or None, got -1"),
+        ({"order": -1}, "order must be a whole number of 0 or more, or None, got -1"),
+        ({"order": 2.5}, "order must be a whole number of 0 or more, or None, got 2.5"),
+        ({"gate": float("nan")}, "gate must be a finite number, got nan"),
+        ({"gate": 0.5, "score": None}, "gate weighs a score beside filters.*got 0.5"),
+        ({"per": "channel", "order": None}, "per says whose a filter is, and order None has none"),
+        ({"dropout": 0.5, "score": None}, "dropout drops weights of a score, which is None"),
+        ({"impl": "nonsense", "score": None}, "unknown impl 'nonsense'"),
         ({"per": "chanel"}, "unknown per 'chanel'; choose from: channel, head. Did you mean 'channel'"),
         ({"score": "kl"}, "score 'kl' rates a belief"),
         ({"score": "dott"}, "unknown score 'dott'"),
@@ -273,10 +281,14 @@ def test_wrong_graphs_are_named():
         (graph._replace(member=graph.member * 2), "every graph has nodes"),
         (graph._replace(edges=across), "nodes 0 and 5 belong to graphs 0 and 1"),
         (graph._replace(edges=across[:, :1]), "every edge both ways"),
+        (graph._replace(edges=[[0, 1], [1, 0]]), "edges of a graph must be a tensor"),
+        (graph._replace(member=None), "member of a graph must be a tensor, got None"),
     ):
         with pytest.raises(ValueError, match=said):
             layer(graph.nodes, other)
-    with pytest.raises(ValueError, match=r"x must be \(n, d_model\) = \(7, 12\), got \(7, 11\)"):
+    with pytest.raises(
+        ValueError, match=r"x must be floating \(n, d_model\) = \(7, 12\), got .* \(7, 11\)"
+    ):
         layer(graph.nodes[:, 1:], graph)
     with pytest.raises(ValueError, match="order None has no filters"):
         made(order=None).response([0.0])

@@ -45,8 +45,10 @@ def test_mlp_ratio_sets_the_hidden_width():
 
 
 def test_a_layer_may_override_a_default():
-    assert with_defaults([{"a": 1}, {}], 2, a=0, b=2) == [{"a": 1, "b": 2}, {"a": 0, "b": 2}]
-    assert with_defaults({"a": 1}, 2, b=2) == [{"a": 1, "b": 2}] * 2
+    own, usual = {"num_heads": 1}, {"num_heads": 4, "head_dim": 2}
+    both = {"num_heads": 1, "head_dim": 2}
+    assert with_defaults([own, {}], 2, **usual) == [both, usual]
+    assert with_defaults(own, 2, head_dim=2) == [both] * 2
 
 
 def test_given_arguments_do_not_change_with_their_owner():

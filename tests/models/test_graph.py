@@ -165,8 +165,11 @@ def fit(model, loss, steps):
     ("options", "said"),
     [
         ({"norm": "bach"}, "unknown norm 'bach'; choose from: batch, layer, none. Did you mean 'batch'"),
-        ({"num_layers": 0}, "num_layers must be 1 or more, got 0"),
-        ({"features": 0}, "features must be 1 or more, got 0"),
+        ({"num_layers": 0}, "num_layers must be a whole number of 1 or more, got 0"),
+        ({"features": 2.5}, "features must be a whole number of 1 or more, got 2.5"),
+        ({"dropout": "a"}, r"dropout must be in \[0, 1\), got 'a'"),
+        ({"attention": {"nh": 3}}, "attention: unknown option 'nh'"),
+        ({"features": 0}, "features must be a whole number of 1 or more, got 0"),
         ({"attention": [{"num_heads": 2}]}, "attention lists 1 layers, num_layers is 2"),
     ],
 )  # fmt: skip

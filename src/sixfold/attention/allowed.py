@@ -31,3 +31,14 @@ def check_positive(name: str, value: object, *, none: bool = False) -> None:
     if not (number and 0 < value < math.inf):
         otherwise = ", or None" if none else ""
         raise ValueError(f"{name} must be positive and finite{otherwise}, got {value!r}")
+
+
+def check_share(name: str, value: object) -> None:
+    """Raise ValueError for what is no number in [0, 1).
+
+    >>> check_share("dropout", 1)
+    Traceback (most recent call last):
+    ValueError: dropout must be in [0, 1), got 1
+    """
+    if not (isinstance(value, Real) and 0 <= value < 1):
+        raise ValueError(f"{name} must be in [0, 1), got {value!r}")

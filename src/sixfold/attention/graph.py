@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sixfold.attention.allowed import check_whole
-from sixfold.attention.mixer._filters import polynomials
+from sixfold.attention.allowed import check_share, check_whole
 from sixfold.attention.multihead import Part, build_part
 from sixfold.attention.projection.linear import split_heads
-from sixfold.contracts import Graph, Heads, Visibility
+from sixfold.contracts import Features, Graph, Heads, Visibility
 from sixfold.discover import unknown
+from sixfold.geometry.spectrum import polynomials
 from sixfold.ops.attend import choose
 from sixfold.ops.graphfilter import fused, reference
 from sixfold.ops.graphfilter.fused import Neighbours
@@ -50,6 +51,9 @@ class Topology(NamedTuple):
         [[1, 1], [1, 0]]
         """
         nodes, edges, member = graph
+        for name, part in graph._asdict().items():
+            if not isinstance(part, Tensor):
+                raise ValueError(f"{name} of a graph must be a tensor, got {part!r}")
         if member.shape != nodes.shape[:1] or not len(member) or member.dtype != torch.int64:
             raise ValueError(
                 f"member must be int64 (n,) with n {nodes.shape[0]}, 1 or more, "
@@ -94,16 +98,27 @@ def walk(steps: int) -> Tensor:
     return torch.tensor([terms[0] / 2, *terms[1:]], dtype=torch.float64, device="cpu")
 
 
-def check(order: int | None, per: str, score: Part | None, dropout: float) -> None:
-    """Raise ValueError for options that cannot be meant."""
+def check(
+    order: int | None, per: str, score: Part | None, gate: float, dropout: float, impl: str
+) -> None:
+    """Raise ValueError for options that cannot be meant, or that nothing would read."""
     if order is None and score is None:
         raise ValueError("order and score cannot both be None: nodes would not meet")
-    if order is not None and order < 0:
-        raise ValueError(f"order must be 0 or more, or None, got {order}")
+    if order is not None and (isinstance(order, bool) or not isinstance(order, int) or order < 0):
+        raise ValueError(f"order must be a whole number of 0 or more, or None, got {order!r}")
     if per not in ("head", "channel"):
         raise ValueError(unknown("per", per, ("head", "channel")))
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    if not (isinstance(gate, Real) and math.isfinite(gate)):
+        raise ValueError(f"gate must be a finite number, got {gate!r}")
+    check_share("dropout", dropout)
+    if order is None and per != "head":
+        raise ValueError(f"per says whose a filter is, and order None has none: got {per!r}")
+    if gate and (order is None or score is None):
+        raise ValueError(f"gate weighs a score beside filters, and one of them is None: got {gate}")
+    if score is None:
+        choose.check(Features, impl)
+        if dropout:
+            raise ValueError(f"dropout drops weights of a score, which is None: got {dropout}")
 
 
 class SpectralGraphAttention(nn.Module):
@@ -132,7 +147,8 @@ class SpectralGraphAttention(nn.Module):
 
     Raises:
         ValueError: for sizes that do not divide, an order below 0, an unknown score or one of
-            beliefs, and where there is neither order nor score.
+            beliefs, where there is neither order nor score, and for a gate, per or dropout that
+            nothing would read.
 
     Source: Defferrard et al., arXiv 1606.09375, section 2.1 (filters); Alon and Yahav,
     arXiv 2006.05205 (over-squashing, and a layer on all pairs against it).
@@ -164,7 +180,7 @@ class SpectralGraphAttention(nn.Module):
         check_whole(d_model=d_model, num_heads=num_heads)
         if d_model % num_heads:
             raise ValueError(f"d_model {d_model} is not a multiple of num_heads {num_heads}")
-        check(order, per, score, dropout)
+        check(order, per, score, gate, dropout, impl)
         self.heads = heads = Heads(d_model, num_heads, d_model // num_heads, num_heads)
         factory = {"device": device, "dtype": dtype}
         self.dropout, self.impl = dropout, impl
@@ -201,10 +217,10 @@ class SpectralGraphAttention(nn.Module):
             ValueError: for x of another shape, and for graphs as in `Topology.of`.
         """
         there = graph if isinstance(graph, Topology) else Topology.of(graph)
-        if x.shape != (len(there.member), self.heads.d_model):
+        if x.shape != (len(there.member), self.heads.d_model) or not x.is_floating_point():
             raise ValueError(
-                f"x must be (n, d_model) = {(len(there.member), self.heads.d_model)}, "
-                f"got {tuple(x.shape)}"
+                f"x must be floating (n, d_model) = {(len(there.member), self.heads.d_model)}, "
+                f"got {x.dtype} {tuple(x.shape)}"
             )
         value = self.value(x).unflatten(-1, (-1, self.heads.head_dim))
         if self.coefficients is None:

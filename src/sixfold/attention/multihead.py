@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sixfold.attention import moments
-from sixfold.attention.allowed import check_positive, check_whole
+from sixfold.attention.allowed import check_positive, check_share, check_whole
 from sixfold.attention.masks import visibility_of
 from sixfold.attention.reach.hierarchical import Far
 from sixfold.attention.rotary import rotate, turn
@@ -143,8 +142,7 @@ class MultiHeadAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.heads = heads = check_sizes(d_model, num_heads, head_dim, num_kv_heads)
-        if not (isinstance(dropout, Real) and 0 <= dropout < 1):
-            raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
+        check_share("dropout", dropout)
         check_positive("rope_theta", rope_theta, none=True)
         check_positive("softcap", softcap, none=True)
         factory = {"device": device, "dtype": dtype}

@@ -69,9 +69,6 @@ def blocks(
     Source: Radford et al., GPT-2 (2019), section 2.3.
     """
     layers = per_layer(attention, num_layers)
-    for option in (name for options in layers for name in options):
-        if option not in OPTIONS:
-            raise ValueError("attention: " + unknown("option", option, OPTIONS))
     stack = nn.ModuleList(Block(d_model, options, mlp_ratio, dropout) for options in layers)
     for block in stack:
         for writer in (block.attention.output, block.mlp[-1]):
@@ -90,11 +87,13 @@ def with_defaults(
 
 
 def per_layer(
-    attention: Mapping[str, Any] | Sequence[Mapping[str, Any]], num_layers: int
+    attention: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    num_layers: int,
+    known: Sequence[str] = OPTIONS,
 ) -> list[Mapping[str, Any]]:
     """Options of each layer, of one set for all or one per layer.
 
-    Raises ValueError for what are no options, and for as many as there are no layers.
+    Raises ValueError for what are no `known` options, and for as many as there are no layers.
     """
     check_whole(num_layers=num_layers)
     listed = isinstance(attention, Sequence) and not isinstance(attention, str)
@@ -102,6 +101,9 @@ def per_layer(
     for options in layers:
         if not isinstance(options, Mapping):
             raise ValueError(f"attention must be options like {{'num_heads': 4}}, got {options!r}")
+        for option in options:
+            if option not in known:
+                raise ValueError("attention: " + unknown("option", option, known))
     if len(layers) != num_layers:
         raise ValueError(f"attention lists {len(layers)} layers, num_layers is {num_layers}")
     return list(layers)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
+from sixfold.attention.allowed import check_share, check_whole
 from sixfold.attention.graph import SpectralGraphAttention, Topology
 from sixfold.contracts import Graph
 from sixfold.discover import unknown
-from sixfold.models._block import given, with_defaults
+from sixfold.models._block import given, per_layer
+
+OPTIONS = tuple(inspect.signature(SpectralGraphAttention).parameters)[1:]
+"""What can be said of a layer of graph attention, beside its width."""
 
 NORMS = {"none": nn.Identity, "layer": nn.LayerNorm, "batch": nn.BatchNorm1d}
 Norm = Literal["none", "layer", "batch"]
@@ -81,18 +86,11 @@ class NodeClassifier(nn.Module):
     ) -> None:
         super().__init__()
         self.arguments = given(locals())
-        for name, size in (
-            ("features", features),
-            ("num_classes", num_classes),
-            ("num_layers", num_layers),
-        ):
-            if size < 1:
-                raise ValueError(f"{name} must be 1 or more, got {size}")
+        check_whole(features=features, num_classes=num_classes, num_layers=num_layers)
+        check_share("dropout", dropout)
         if norm not in NORMS:
             raise ValueError(unknown("norm", norm, NORMS))
-        layers = with_defaults(attention, num_layers)
-        if len(layers) != num_layers:
-            raise ValueError(f"attention lists {len(layers)} layers, num_layers is {num_layers}")
+        layers = per_layer(attention, num_layers, OPTIONS)
         self.embedding = nn.Linear(features, d_model)
         nn.init.xavier_uniform_(self.embedding.weight)
         nn.init.zeros_(self.embedding.bias)
