@@ -22,6 +22,7 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -251,22 +252,24 @@ def of_nodes(
     trials: int,
     seeds: int,
     folder: Path,
-    like: str,
 ) -> list[dict[str, float]]:
-    """Fresh seeds of the configuration that is best of `trials`, tried as the rival `like`."""
+    """Fresh seeds of the configuration that is best of `trials`."""
     tried = []
     for i in range(trials):
-        config = draw(like, i, pooled=False)
+        config = draw(rival, i, pooled=False)
         tried.append(remembered(
-            folder, f"{name}-{like}-try-{i}", lambda c=config: nodes_run(data(0), like, c, seed=1000)
+            folder, f"{name}-{rival}-try-{i}", lambda c=config: nodes_run(data(0), rival, c, seed=1000)
         ))  # fmt: skip
         # nobody is to see what a configuration does on the test nodes before one is chosen
         known = {key: value for key, value in tried[-1].items() if key != "accuracy"}
-        print(f"{name} {like} {i}: {known} {config}", flush=True)
-    config = draw(like, chosen(tried), pooled=False)
+        print(f"{name} {rival} {i}: {known} {config}", flush=True)
+    number = chosen(tried)
+    config = draw(rival, number, pooled=False)
     return [
         remembered(
-            folder, f"{name}-{rival}-{seed}", lambda s=seed: nodes_run(data(s), rival, config, s)
+            folder,
+            f"{name}-{rival}-of-{number}-{seed}",
+            lambda s=seed: nodes_run(data(s), rival, config, s),
         )
         for seed in range(seeds)
     ]
@@ -286,10 +289,11 @@ def of_graphs(
             )
             for i in range(trials)
         ]  # fmt: skip
-        config = draw(rival, chosen(tried), pooled=True)
+        number = chosen(tried)
+        config = draw(rival, number, pooled=True)
         for seed, found in enumerate(by_seed):
             found.append(remembered(
-                folder, f"{name}-{rival}-{fold}-{seed}",
+                folder, f"{name}-{rival}-{fold}-of-{number}-{seed}",
                 lambda s=seed, run=run, c=config: run(c, s),
             ))  # fmt: skip
     return [
@@ -310,7 +314,7 @@ def experiments(
         )
     for name in planetoid.GRAPHS:
         data = planetoid.build(name=name)
-        for rival in ("filters", "gcn", "gat"):
+        for rival in OWN:
             found[f"{name}, {rival}"] = partial(
                 of_nodes,
                 name,
@@ -319,44 +323,31 @@ def experiments(
                 given.trials,
                 given.seeds,
                 folder,
-                rival,
             )
-    for part in rfc_citations.SPLITS:
-        for rival in ("gcn", "filters"):
-            found[f"rfc {part}, {rival}"] = partial(
-                of_nodes, f"rfc {part}", lambda seed, part=part: rfc_citations.build(part=part, seed=seed),
-                rival, given.large_trials, given.large_seeds, folder, rival,
-            )  # fmt: skip
-    if not given.full_seeds:
-        return found
-    # all pairs of 2,708 nodes at every step: the configuration of the filters, attention added
-    data = planetoid.build(name="cora")
-    found["cora, filters and attention"] = partial(
-        of_nodes,
-        "cora",
-        lambda seed: data,
-        "filters and attention",
-        given.trials,
-        given.full_seeds,
-        folder,
-        "filters",
-    )
+    for part, rival in product(rfc_citations.SPLITS, ("gcn", "filters")):
+        found[f"rfc {part}, {rival}"] = partial(
+            of_nodes,
+            f"rfc {part}",
+            lambda seed, part=part: rfc_citations.build(part=part, seed=seed),
+            rival,
+            given.large_trials,
+            given.large_seeds,
+            folder,
+        )
     return found
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--runs", type=Path, default=Path("runs/graphs"))
-    arguments.add_argument("--trials", type=int, default=8, help="configurations of a rival")
+    arguments.add_argument("--trials", type=int, default=24, help="configurations of a rival")
     arguments.add_argument("--seeds", type=int, default=10)
     arguments.add_argument("--fold-trials", type=int, default=3)
-    arguments.add_argument("--fold-seeds", type=int, default=2)
+    arguments.add_argument("--fold-seeds", type=int, default=3)
     arguments.add_argument("--large-trials", type=int, default=3, help="of the RFCs")
     arguments.add_argument("--large-seeds", type=int, default=5)
-    arguments.add_argument(
-        "--full-seeds", type=int, default=3, help="of attention over all of Cora"
-    )
-    arguments.add_argument("--only", nargs="*", help="rows by their first word; all without it")
+    arguments.add_argument("--only", nargs="*", help="data by name; all without it")
+    arguments.add_argument("--rivals", nargs="*", default=list(OWN), choices=OWN)
     arguments.add_argument(
         "--no-publish", action="store_true", help="print and keep the runs alone"
     )
@@ -365,7 +356,8 @@ def main() -> None:
     settings = record.config_hash(SETTINGS)
     origin = Provenance(record.device_name(), record.commit(), settings)
     for case, run in experiments(given, given.runs / settings).items():
-        if given.only is not None and case.partition(",")[0].partition(" ")[0] not in given.only:
+        data, _, rival = case.partition(", ")
+        if rival not in given.rivals or not (given.only is None or data in given.only):
             continue
         found = run()
         metrics = ("accuracy", "accuracy, validation", "seconds", "steps", "parameters")

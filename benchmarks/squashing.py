@@ -8,8 +8,8 @@ Tree-NeighborsMatch of depth r. Where places are not told no model knows more th
 Full and spectral attention are the same module without and with filters, two layers; filters alone
 are a third. GCN and GAT are PyTorch Geometric's, with as many layers as there are hops (on trees one
 more, as published). All stand in one shell, relu(norm(layer(x) + x)), and have 25,000 parameters
-within 7 %: width pays for depth. The learning rate is picked by the validation accuracy of seed 0,
-then by the steps that took; training ends early once validation is perfect twice in a row.
+within 7 %: width pays for depth. The learning rate is picked by the validation accuracy of a seed that
+is not reported, then by the steps that took; training ends early once validation is perfect twice in a row.
 Accuracy is of 512 graphs, mean over seeds and half width of its 95 % interval. "sensitivity at d
 hops" is the median of ||d logits_v / d x_u|| over nodes u that far from the node v that is asked;
 "beyond 10 hops" is the share that comes from there, medians weighted by the number of nodes.
@@ -46,9 +46,11 @@ from sixfold.train.optimizer import OptimizerSettings, build_optimizer, set_rate
 RESULTS = Path(__file__).parents[1] / "results" / "squashing.csv"
 PARAMETERS, HEADS, FREQUENCIES = 25_000, 2, 4
 LOOK = 20
-STEPS = {"ring": 300, "ring of labels": 300, "told places": 300, "tree": 400}
+PICK = 99
+"""The seed that picks learning rates."""
+STEPS = {"ring": 300, "ring of labels": 300, "told places": 300, "tree": 800}
 BATCH = {"ring": 16, "ring of labels": 16, "told places": 16, "tree": 128}
-RATES = (3e-3, 1e-2)
+RATES = (3e-3, 6e-3, 1e-2)
 SHOWN = [
     f"sensitivity at {d} hops, {when}" for d in (1, 10, 20) for when in ("untrained", "trained")
 ]
@@ -219,16 +221,16 @@ def trained(name: str, task: Task, seed: int, rate: float) -> dict[str, float]:
 
 
 def seeds_of(name: str, task: Task, seeds: int, folder: Path) -> list[dict[str, float]]:
-    """Every seed at the rate that served seed 0 best."""
+    """Every seed at the rate that served another one best."""
 
     def run(seed: int, rate: float) -> dict[str, float]:
         file = f"{name}, {task.name}-{rate:g}-{seed}"
         return remembered(folder, file, lambda: trained(name, task, seed, rate))
 
-    first = max(
-        (run(0, rate) for rate in RATES), key=lambda r: (r["validation accuracy"], -r["steps"])
+    best = max(
+        (run(PICK, rate) for rate in RATES), key=lambda r: (r["validation accuracy"], -r["steps"])
     )
-    return [first, *(run(seed, first["learning rate"]) for seed in range(1, seeds))]
+    return [run(seed, best["learning rate"]) for seed in range(seeds)]
 
 
 def times(task: Task, names: Iterable[str], rounds: int) -> list[Result]:
@@ -269,7 +271,7 @@ def main() -> None:
     arguments.add_argument("--only", nargs="*", help="kinds of tasks or tasks; all without it")
     given = arguments.parse_args()
     settings = record.config_hash({
-        "parameters": PARAMETERS, "batch": BATCH, "steps": STEPS, "rates": RATES, "look": LOOK,
+        "parameters": PARAMETERS, "batch": BATCH, "steps": STEPS, "rates": RATES, "look": LOOK, "pick": PICK,
     })  # fmt: skip
     origin = Provenance(record.device_name(), record.commit(), settings)
     chosen = [t for t in tasks() if given.only is None or {t.kind, t.name} & set(given.only)]

@@ -10,10 +10,12 @@ from sixfold import models
 from sixfold.attention.graph import Topology
 from sixfold.contracts import Graph
 from sixfold.data.graphs import mutag, planetoid
+from sixfold.data.graphs._copies import IGNORED, share_right
+from sixfold.data.graphs.ring_transfer import RingTransfer
 from sixfold.models.graph import GraphClassifier
 from sixfold.models.node import NodeClassifier
 
-TINY = {"features": 5, "num_classes": 3, "d_model": 8, "attention": {"num_heads": 2, "gate": 0.5}}
+TINY = {"features": 5, "num_classes": 3, "d_model": 8, "attention": {"num_heads": 2}}
 MAKE = {
     "node": lambda **options: models.build("node", TINY | options),
     **{
@@ -151,6 +153,21 @@ def test_graphs_of_a_miniature_are_learned():
     fit(model, lambda: cross_entropy(model(train.inputs), train.targets), 60)
     right = (model.eval()(test.inputs).argmax(-1) == test.targets).float().mean()
     assert right > 0.8
+
+
+def test_what_was_learned_on_small_graphs_answers_larger_ones():
+    """A filter is a function of eigenvalues, and a score one of nodes: neither knows a size."""
+    torch.manual_seed(0)
+    rings, steps = RingTransfer(length=5), iter(range(120))
+    model = NodeClassifier(5, 5, 32, attention={"num_heads": 2}, dropout=0.0)
+
+    def loss():
+        graph, targets = rings.train_batch(0, next(steps), 16)
+        return cross_entropy(model(graph), targets, ignore_index=IGNORED)
+
+    fit(model, loss, 120)
+    graph, targets = RingTransfer(length=25).train_batch(1, 0, 32)
+    assert share_right(model(graph), targets) == 1
 
 
 def fit(model, loss, steps):

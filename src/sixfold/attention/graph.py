@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Real
 from typing import Literal, NamedTuple
 
 import torch
@@ -98,9 +97,7 @@ def walk(steps: int) -> Tensor:
     return torch.tensor([terms[0] / 2, *terms[1:]], dtype=torch.float64, device="cpu")
 
 
-def check(
-    order: int | None, per: str, score: Part | None, gate: float, dropout: float, impl: str
-) -> None:
+def check(order: int | None, per: str, score: Part | None, dropout: float, impl: str) -> None:
     """Raise ValueError for options that cannot be meant, or that nothing would read."""
     if order is None and score is None:
         raise ValueError("order and score cannot both be None: nodes would not meet")
@@ -108,13 +105,9 @@ def check(
         raise ValueError(f"order must be a whole number of 0 or more, or None, got {order!r}")
     if per not in ("head", "channel"):
         raise ValueError(unknown("per", per, ("head", "channel")))
-    if not (isinstance(gate, Real) and math.isfinite(gate)):
-        raise ValueError(f"gate must be a finite number, got {gate!r}")
     check_share("dropout", dropout)
     if order is None and per != "head":
         raise ValueError(f"per says whose a filter is, and order None has none: got {per!r}")
-    if gate and (order is None or score is None):
-        raise ValueError(f"gate weighs a score beside filters, and one of them is None: got {gate}")
     if score is None:
         choose.check(Features, impl)
         if dropout:
@@ -129,8 +122,8 @@ class SpectralGraphAttention(nn.Module):
     L is the normalised Laplacian, T_k are Chebyshev's polynomials. Nothing of the size n x n is
     held, and no eigenvectors are found: a filter takes `order` steps along the edges. Graphs side
     by side do not meet. A fresh filter is a lazy random walk of `order` steps, and the gates begin
-    at 0: the layer starts as a graph convolution and learns how much it needs to look elsewhere.
-    The O_h stand side by side; as in a graph convolution, no output map follows.
+    at 1: under a gate of 0 a score would get no gradient. The O_h stand side by side; as in a graph
+    convolution, no output map follows.
 
     Args:
         d_model: width of inputs and outputs.
@@ -139,7 +132,6 @@ class SpectralGraphAttention(nn.Module):
         per: one filter for each ``head`` or for each ``channel`` of a head.
         score: how nodes rate one another, any score of points of `MultiHeadAttention`, or None for
             filters alone.
-        gate: where the gates begin.
         dropout: probability of dropping an attention weight in training.
         impl: as in `MultiHeadAttention`; ``reference`` also filters by dense matrices.
         device: as in PyTorch.
@@ -147,8 +139,8 @@ class SpectralGraphAttention(nn.Module):
 
     Raises:
         ValueError: for sizes that do not divide, an order below 0, an unknown score or one of
-            beliefs, where there is neither order nor score, and for a gate, per or dropout that
-            nothing would read.
+            beliefs, where there is neither order nor score, and for a per or dropout that nothing
+            would read.
 
     Source: Defferrard et al., arXiv 1606.09375, section 2.1 (filters); Alon and Yahav,
     arXiv 2006.05205 (over-squashing, and a layer on all pairs against it).
@@ -170,7 +162,6 @@ class SpectralGraphAttention(nn.Module):
         order: int | None = 3,
         per: Literal["head", "channel"] = "head",
         score: Part | None = "dot",
-        gate: float = 0.0,
         dropout: float = 0.0,
         impl: str = "auto",
         device: torch.device | str | None = None,
@@ -180,7 +171,7 @@ class SpectralGraphAttention(nn.Module):
         check_whole(d_model=d_model, num_heads=num_heads)
         if d_model % num_heads:
             raise ValueError(f"d_model {d_model} is not a multiple of num_heads {num_heads}")
-        check(order, per, score, gate, dropout, impl)
+        check(order, per, score, dropout, impl)
         self.heads = heads = Heads(d_model, num_heads, d_model // num_heads, num_heads)
         factory = {"device": device, "dtype": dtype}
         self.dropout, self.impl = dropout, impl
@@ -198,7 +189,7 @@ class SpectralGraphAttention(nn.Module):
             with torch.no_grad():
                 self.coefficients.copy_(walk(order)[:, None, None])
             if score is not None:
-                self.gate = nn.Parameter(torch.full((num_heads,), gate, **factory))
+                self.gate = nn.Parameter(torch.ones(num_heads, **factory))
         for linear in (m for m in self.children() if isinstance(m, nn.Linear)):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
 

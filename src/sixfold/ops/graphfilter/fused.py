@@ -1,8 +1,8 @@
 """Filtering a signal over a graph by walking along its edges: no matrix of n x n numbers.
 
 T_k(L - I) x follows from the two terms before it by one step to the neighbours, so that a filter of
-some order takes as many steps. A step adds up the rows of the neighbours of each node; as the graph
-is undirected, a gradient takes the same step.
+some order takes as many steps. A step adds up the rows of the neighbours of each node, weighted; as
+the graph is undirected, a gradient takes the same steps.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from torch.nn.functional import embedding_bag
 
 
 class Neighbours(NamedTuple):
-    """The neighbours of all nodes in one list: those of node i stand from offsets_i to offsets_i+1.
+    """The rows of L - I in one list: those of node i stand from offsets_i to offsets_i+1.
 
-    sources (e,), offsets (n + 1,).
+    sources (e,), offsets (n + 1,), weights (e,), float64. A neighbour weighs -1 / sqrt(deg deg); a
+    node without edges has a row of zeros in L, and stands here as its own neighbour.
     """
 
     sources: Tensor
     offsets: Tensor
+    weights: Tensor
 
     @classmethod
     def of(cls, edges: Tensor, num_nodes: int) -> Neighbours:
@@ -30,8 +32,8 @@ class Neighbours(NamedTuple):
         Raises ValueError for other shapes, nodes outside [0, num_nodes) and an edge that does not
         come back: the Laplacian of a directed graph has no spectrum to filter.
 
-        >>> Neighbours.of(torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]]), 3)
-        Neighbours(sources=tensor([1, 0, 2, 1]), offsets=tensor([0, 1, 3, 4]))
+        >>> Neighbours.of(torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]]), 3).weights
+        tensor([-0.7071, -0.7071, -0.7071, -0.7071], dtype=torch.float64)
         """
         if edges.ndim != 2 or len(edges) != 2 or edges.dtype != torch.int64:
             raise ValueError(f"edges must be int64 (2, e), got {edges.dtype} {tuple(edges.shape)}")
@@ -48,38 +50,68 @@ class Neighbours(NamedTuple):
                 f"edges must hold every edge both ways, but there are not as many "
                 f"from {one // num_nodes} to {one % num_nodes} as back"
             )
+        alone = (edges[1].bincount(minlength=num_nodes) == 0).nonzero()[:, 0]
+        rows = torch.cat([there, alone * (num_nodes + 1)]).sort().values
         ends = torch.arange(num_nodes + 1, device=edges.device) * num_nodes
-        return cls(there % max(num_nodes, 1), torch.searchsorted(there, ends))
+        sources, offsets = rows % max(num_nodes, 1), torch.searchsorted(rows, ends)
+        degree = offsets.diff()
+        targets = torch.repeat_interleave(degree)
+        return cls(sources, offsets, -(degree[sources] * degree[targets]).double().rsqrt())
 
 
-class Sum(torch.autograd.Function):
-    """A x: the sum over the neighbours of each node, for x (n, width). A is its own transpose."""
+def polynomials(x: Tensor, order: int, neighbours: Neighbours) -> list[Tensor]:
+    """T_k(L - I) x for k = 0 to an order, of x (n, h, d)."""
+    sources, offsets, weights = neighbours
+
+    def stepped(term: Tensor, weights: Tensor) -> Tensor:
+        near = embedding_bag(
+            sources,
+            term.flatten(1),
+            offsets,
+            mode="sum",
+            per_sample_weights=weights,
+            include_last_offset=True,
+        )
+        return near.view(x.shape)
+
+    terms = [x.contiguous()]
+    if order:
+        terms.append(stepped(terms[0], weights))
+    while len(terms) <= order:
+        terms.append(stepped(terms[-1], 2 * weights).sub_(terms[-2]))
+    return terms
+
+
+class Filter(torch.autograd.Function):
+    """sum over k of a_k T_k(L - I) x. L is symmetric, so the gradient by x is filtered alike."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, sources: Tensor, offsets: Tensor) -> Tensor:  # noqa: D102
-        ctx.save_for_backward(sources, offsets)
-        return embedding_bag(sources, x, offsets, mode="sum", include_last_offset=True)
+    def forward(ctx, x: Tensor, coefficients: Tensor, *neighbours: Tensor) -> Tensor:  # noqa: D102
+        terms = polynomials(x, len(coefficients) - 1, Neighbours(*neighbours))
+        out = coefficients[0] * x
+        for a, term in zip(coefficients[1:], terms[1:], strict=True):
+            out.addcmul_(a, term)
+        ctx.save_for_backward(x, coefficients, *neighbours, *terms[1:])
+        return out
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:  # noqa: D102
-        return Sum.apply(gradient.contiguous(), *ctx.saved_tensors), None, None
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+        x, coefficients, sources, offsets, weights, *later = ctx.saved_tensors
+        neighbours = (sources, offsets, weights)
+        by_x = by_coefficients = None
+        if ctx.needs_input_grad[0]:
+            by_x = Filter.apply(gradient, coefficients, *neighbours)
+        if ctx.needs_input_grad[1]:
+            terms = [x, *later]
+            if torch.is_grad_enabled():  # second derivatives go through the terms too
+                units = torch.eye(len(terms)).to(x)[..., None, None]
+                terms = [Filter.apply(x, unit, *neighbours) for unit in units]
+            parts = [(gradient * term).sum(0) for term in terms]
+            by_coefficients = torch.stack(parts).sum_to_size(coefficients.shape)
+        return by_x, by_coefficients, None, None, None
 
 
 def filtered(x: Tensor, coefficients: Tensor, neighbours: Neighbours) -> Tensor:
     """Same as the reference; cost (order) x (n + e) x h d, memory (order) x n x h d."""
-    coefficients = coefficients.to(x.dtype)
-    degree = neighbours.offsets.diff()[:, None]
-    alone = (degree == 0).to(x.dtype)
-    scale = degree.clamp(min=1).to(x.dtype).rsqrt()
-
-    def shifted(term: Tensor) -> Tensor:
-        """(L - I) term. A node without edges has a row of zeros in L, as its own component."""
-        near = Sum.apply((scale * term).contiguous(), *neighbours)
-        return -(scale * near) - alone * term
-
-    terms = [x.flatten(1)]
-    for k in range(1, len(coefficients)):
-        step = shifted(terms[-1])
-        terms.append(step if k == 1 else 2 * step - terms[-2])
-    parts = (a * term.view_as(x) for a, term in zip(coefficients, terms, strict=True))
-    return sum(parts, torch.zeros_like(x))
+    weights = neighbours.weights.to(x.dtype)
+    return Filter.apply(x, coefficients.to(x.dtype), *neighbours._replace(weights=weights))
