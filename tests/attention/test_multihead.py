@@ -1,6 +1,7 @@
 """The module against independent implementations, and what it refuses."""
 
 import copy
+import inspect
 import itertools
 import math
 
@@ -11,7 +12,10 @@ from torch import nn
 from sixfold import HexagonalMultiHeadAttention, MultiHeadAttention
 from sixfold.attention.cache import KeyValueCache
 from sixfold.attention.masks import same_document
+from sixfold.attention.multihead import build_part
 from sixfold.attention.rotary import rotate
+from sixfold.contracts import Heads
+from sixfold.discover import load, names
 
 CLOSE = {"rtol": 0, "atol": 1e-12}
 
@@ -420,11 +424,37 @@ def test_wrong_widths_are_refused(make, shape):
         ({"softcap": 9.0, "impl": "fused"}, "softcap of score 'dot'.*impl 'fused' never holds"),
         ({"sinks": True, "score": "l1", "impl": "tiled"}, "sinks of score 'l1'.*impl 'tiled'"),
         ({"sinks": True, "score": "l2_squared"}, "sinks cannot be used with score 'l2_squared'"),
+        ({"sinks": "no"}, "sinks must be True or False, got 'no'"),
+        ({"batch_first": 1}, "batch_first must be True or False, got 1"),
     ],
 )
 def test_what_cannot_be_built_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         MultiHeadAttention(**({"d_model": 24, "num_heads": 6, "head_dim": 4} | options))
+
+
+def flags():
+    """Every option of a part that is True or False."""
+    for kind in ("projection", "score", "reach", "mixer"):
+        for name in names(f"sixfold.attention.{kind}"):
+            build = inspect.signature(load(f"sixfold.attention.{kind}", name))
+            for option in build.parameters.values():
+                if isinstance(option.default, bool):
+                    yield kind, name, option.name
+
+
+@pytest.mark.parametrize(("kind", "name", "flag"), list(flags()))
+def test_a_flag_is_true_or_false(kind, name, flag):
+    with pytest.raises(
+        ValueError, match=f"{kind} '{name}': {flag} must be True or False, got 'no'"
+    ):
+        build_part(kind, {"name": name, flag: "no"}, Heads(28, 7, 4, 7))
+
+
+@pytest.mark.parametrize("flag", ["use_hypernet", "use_spectral"])
+def test_a_flag_of_the_hexagonal_layer_is_true_or_false(flag):
+    with pytest.raises(ValueError, match=f"{flag} must be True or False, got 'no'"):
+        HexagonalMultiHeadAttention(28, 1, 4, **{flag: "no"})
 
 
 @pytest.mark.parametrize(

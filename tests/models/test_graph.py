@@ -184,6 +184,7 @@ def fit(model, loss, steps):
         ({"norm": "bach"}, "unknown norm 'bach'; choose from: batch, layer, none. Did you mean 'batch'"),
         ({"num_layers": 0}, "num_layers must be a whole number of 1 or more, got 0"),
         ({"features": 2.5}, "features must be a whole number of 1 or more, got 2.5"),
+        ({"residual": "no"}, "residual must be True or False, got 'no'"),
         ({"dropout": "a"}, r"dropout must be in \[0, 1\), got 'a'"),
         ({"attention": {"nh": 3}}, "attention: unknown option 'nh'"),
         ({"features": 0}, "features must be a whole number of 1 or more, got 0"),

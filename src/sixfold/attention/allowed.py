@@ -1,4 +1,4 @@
-"""What numbers a layer or a model takes: each refusal names the argument, its value, and these."""
+"""What numbers and flags are taken: a refusal names the argument, its value, and what is allowed."""
 
 from __future__ import annotations
 
@@ -42,3 +42,15 @@ def check_share(name: str, value: object) -> None:
     """
     if not (isinstance(value, Real) and 0 <= value < 1):
         raise ValueError(f"{name} must be in [0, 1), got {value!r}")
+
+
+def check_flags(**flags: object) -> None:
+    """Raise ValueError for what is neither True nor False: "no" read from a file would be a yes.
+
+    >>> check_flags(tied="no")
+    Traceback (most recent call last):
+    ValueError: tied must be True or False, got 'no'
+    """
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise ValueError(f"{name} must be True or False, got {flag!r}")

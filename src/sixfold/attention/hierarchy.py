@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from sixfold.attention import moments
-from sixfold.attention.allowed import check_positive, check_whole
+from sixfold.attention.allowed import check_flags, check_positive, check_whole
 from sixfold.attention.beliefs import believe, by_head
 from sixfold.attention.masks import visibility_of
 from sixfold.attention.multihead import MultiHeadAttention
-from sixfold.attention.reach.hierarchical import alive, check_learned, check_threshold
+from sixfold.attention.reach.hierarchical import alive, check_threshold
 from sixfold.contracts import Belief, Schema
 from sixfold.discover import unknown
 from sixfold.geometry.frames import ALGEBRAS
@@ -261,7 +261,7 @@ class SoftConsensusDetector(nn.Module):
         check_whole(capacity=capacity)
         check_positive("threshold", threshold)
         check_positive("temperature", temperature)
-        check_learned(learned)
+        check_flags(learned=learned)
         if frames not in ALGEBRAS:
             raise ValueError(unknown("frames", frames, ALGEBRAS))
         self.capacity, self.temperature, self.frames = capacity, temperature, frames

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sixfold.attention import moments
-from sixfold.attention.allowed import check_positive, check_share, check_whole
+from sixfold.attention.allowed import check_flags, check_positive, check_share, check_whole
 from sixfold.attention.masks import visibility_of
 from sixfold.attention.reach.hierarchical import Far
 from sixfold.attention.rotary import rotate, turn
@@ -63,7 +63,9 @@ def build_part(kind: str, part: Part, heads: Heads, **factory: Any) -> Any:
             f"{kind} {name!r} needs {' and '.join(missing)}: "
             f'give {{"name": {name!r}, "{missing[0]}": ...}}'
         )
+    flags = {p.name for p in parameters if isinstance(p.default, bool)}
     try:
+        check_flags(**{name: options[name] for name in flags & options.keys()})
         return build(heads, **options, **factory)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{kind} {name!r}: {error}") from error
@@ -145,6 +147,7 @@ class MultiHeadAttention(nn.Module):
         check_share("dropout", dropout)
         check_positive("rope_theta", rope_theta, none=True)
         check_positive("softcap", softcap, none=True)
+        check_flags(sinks=sinks, batch_first=batch_first)
         factory = {"device": device, "dtype": dtype}
         names = {"projection": projection, "score": score, "reach": reach, "mixer": mixer}
         parts = {kind: build_part(kind, part, heads, **factory) for kind, part in names.items()}

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-from sixfold.attention.allowed import check_share, check_whole
+from sixfold.attention.allowed import check_flags, check_share, check_whole
 from sixfold.attention.graph import SpectralGraphAttention, Topology
 from sixfold.contracts import Graph
 from sixfold.discover import unknown
@@ -88,6 +88,7 @@ class NodeClassifier(nn.Module):
         self.arguments = given(locals())
         check_whole(features=features, num_classes=num_classes, num_layers=num_layers)
         check_share("dropout", dropout)
+        check_flags(residual=residual)
         if norm not in NORMS:
             raise ValueError(unknown("norm", norm, NORMS))
         layers = per_layer(attention, num_layers, OPTIONS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sixfold.attention.allowed import check_whole
+from sixfold.attention.allowed import check_flags, check_whole
 from sixfold.attention.multihead import MultiHeadAttention
 from sixfold.attention.named._own import check_own, check_part
 from sixfold.geometry.hexgrid import HexGrid
@@ -41,6 +41,7 @@ class HexagonalMultiHeadAttention(MultiHeadAttention):
         **options: Any,
     ) -> None:
         check_own(type(self).__name__, options, num_heads="grid_radius", head_dim="d_head")
+        check_flags(use_hypernet=use_hypernet, use_spectral=use_spectral)
         if use_hypernet:
             check_part(options, "projection", "hypernetwork", "where use_hypernet is True")
         if use_spectral:

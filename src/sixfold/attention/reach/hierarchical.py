@@ -173,12 +173,6 @@ def check_threshold(name: str, value: object) -> None:
         raise ValueError(f"{name} must be 0 or more, got {value!r}")
 
 
-def check_learned(learned: object) -> None:
-    """Raise ValueError for what is neither True nor False."""
-    if not isinstance(learned, bool):
-        raise ValueError(f"learned must be True or False, got {learned!r}")
-
-
 def alive(tokens: Tokens, mask: Tensor | None) -> Tokens:
     """Tokens without those that a mask of keys (b, 1, 1, m) hides, and without what they hold."""
     if mask is None:
@@ -211,6 +205,5 @@ def build(
 
     Raises ValueError for values that cannot be meant, and for ``learned`` without a temperature.
     """
-    check_learned(learned)
     rules = Rules(block, capacity, threshold, scales, temperature)
     return Hierarchical(rules, heads.num_kv_heads if learned else 0, **factory)
