@@ -1,4 +1,4 @@
-"""What numbers and flags are taken: a refusal names the argument, its value, and what is allowed."""
+"""What numbers and flags are taken: a refusal names the argument, its value, and what it may be."""
 
 from __future__ import annotations
 
