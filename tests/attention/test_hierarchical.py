@@ -88,6 +88,22 @@ def test_the_reference_says_the_same_and_its_weights_are_weights(x, options, cau
     assert_same(found.entropy, entropy)
 
 
+@pytest.mark.parametrize("options", [{"rope_theta": 1e4}, LAYERS["kl"]], ids=["dot", "kl"])
+def test_sinks_are_the_same_in_segments_and_by_the_reference(x, options):
+    kept, cache = layer(LOOSE | {"sinks": 2}, options), KeyValueCache()
+    real = torch.ones(2, 61, dtype=torch.bool)
+    real[0, :7] = False
+    whole = kept(x, is_causal=True, key_mask=real)
+    assert (layer(LOOSE, options)(x, is_causal=True, key_mask=real) != whole).any()
+    parts = [
+        kept(x[:, a:b], is_causal=True, key_mask=real[:, :b], cache=cache)
+        for a, b in pairwise([0, 5, 30, 31, 61])
+    ]
+    assert_same(torch.cat(parts, 1), whole)
+    kept.impl = "reference"
+    assert_same(kept(x, is_causal=True, key_mask=real), whole)
+
+
 @every_layer
 def test_what_comes_later_changes_no_bit(x, options):
     loose = layer(LOOSE, options).double()
@@ -161,6 +177,11 @@ def test_rows_that_see_nothing_are_zero(x):
         ({"scales": True}, "scales must be a whole number of 1 or more, got True"),
         ({"temperature": "a"}, "temperature must be positive and finite, or None, got 'a'"),
         ({"temperature": True}, "temperature must be positive and finite, or None, got True"),
+        ({"sinks": -1}, "sinks must be a whole number of 0 or more, got -1"),
+        ({"sinks": True}, "sinks must be a whole number of 0 or more, got True"),
+        ({"sinks": None}, "sinks must be a whole number of 0 or more, got None"),
+        ({"sinks": 16}, "16 sinks stay alone, which takes a capacity of more than 16.*got 16"),
+        ({"sinks": 1, "threshold": float("inf")}, "a finite threshold, got 16 and inf"),
         ({"learned": "no"}, "learned must be True or False, got 'no'"),
     ],
 )

@@ -171,8 +171,9 @@ def test_soft_rules_that_cannot_be_meant_are_refused(options, message):
 
 
 def test_the_printout_names_the_rules():
-    assert "temperature=0.7, learned=True" in repr(layer(reach=SOFT | {"learned": True}).reach)
-    assert "temperature=None, learned=False" in repr(layer(reach={}).reach)
+    learns = repr(layer(reach=SOFT | {"learned": True}).reach)
+    assert "temperature=0.7, sinks=0, learned=True" in learns
+    assert "temperature=None, sinks=0, learned=False" in repr(layer(reach={}).reach)
 
 
 # ---------------------------------------------------------------- what condensed, and why
@@ -229,6 +230,25 @@ def test_the_hierarchy_is_of_real_tokens(x):
     first = [g for g in found if g.scale == 0]
     assert min(g.start for g in first if g.row == 0) == 5
     assert not {g.start for g in first if g.row == 1} & {12, 13}
+
+
+def test_sinks_are_the_first_real_tokens_and_stay_alone_at_every_scale(x):
+    """However close they are: here all tokens of a row are nearly alike."""
+    real = torch.ones(2, 45, dtype=torch.bool)
+    real[0, :5] = False
+    alike = x[:, :1] + 1e-3 * x
+    rules = {"block": 8, "capacity": 4, "threshold": 0.5, "sinks": 2}
+    found = hierarchy(layer(reach=rules), alike, key_mask=real, is_causal=True)
+    for row, first in ((0, 5), (1, 0)):
+        for scale in (0, 1):
+            mine = [g for g in found if (g.row, g.scale, g.head) == (row, scale, 0)]
+            assert [(g.start, g.stop) for g in mine[:2]] == [
+                (first, first + 1),
+                (first + 1, first + 2),
+            ]
+            assert mine[2].start == first + 2
+            assert mine[2].stop == 8 << scale
+            assert [g.began for g in mine[:3]] == [math.inf] * 3
 
 
 def test_only_what_condenses_has_a_hierarchy(x):

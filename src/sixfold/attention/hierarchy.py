@@ -103,7 +103,7 @@ def hierarchy(
     x, source = layer._sources(x, None, None)
     seen = layer._visibility(x, source, 0, None, key_mask, is_causal=is_causal)
     emitted = layer.projection(x, source, seen, None)
-    far = layer._far(emitted.key, emitted.value, 0, None)
+    far = layer._far(emitted.key, emitted.value, seen, None)
     tokens, rules = alive(far.tokens, seen.mask), layer.reach.decided
     given = far._replace(tokens=tokens)
     built = layer.reach.pyramid(given, rules, None, is_causal=is_causal)
@@ -121,6 +121,7 @@ def groups(
         count, span = level.size.shape[-2], block << scale
         parts, constituents = below.cells(width, count), tokens.cells(span, count)
         distance = apart(parts, divergence)
+        distance[distance == torch.finfo(distance.dtype).max] = torch.inf  # of a sink
         joined = where.bool() & (parts.size > 0)[..., None]
         own = share.bool() & (constituents.size > 0)[..., None]
         for row, head, cell, place in level.size.nonzero().tolist():

@@ -218,9 +218,11 @@ class MultiHeadAttention(nn.Module):
         keys, value = self.score.keys(key), self.score.carry(value, key)
         if cache is not None:
             keys, value = cache.append("key", keys), cache.append("value", value)
-        far = self._far(emitted.key, value, past, cache) if self.reach.condenses else None
-        probe.mark("projection")
         visibility = self.reach(visibility, x.shape[1], past + source.shape[1], x.device)
+        far = None
+        if self.reach.condenses:
+            far = self._far(emitted.key, value, visibility, cache)
+        probe.mark("projection")
         # a probe is shown what heads say of keys: no clip could lower a sink
         seen = self._seen(query, keys, visibility)
         rating, value, visibility = self._with_sinks(seen, value)
@@ -272,7 +274,7 @@ class MultiHeadAttention(nn.Module):
         seen = self._seen(query, self.score.keys(key), visibility)
         rating, _, visibility = self._with_sinks(seen, value)
         if self.reach.condenses:
-            far = self._far(emitted.key, value, 0, None)
+            far = self._far(emitted.key, value, visibility, None)
             rating, visibility = self.reach.explicit(rating, far, visibility)
         seen = seen._replace(rating=rating, visibility=visibility)
         found = statistics(seen, largest=largest, impl=impl)
@@ -323,23 +325,36 @@ class MultiHeadAttention(nn.Module):
         turned = (rotate(part, past, self.rope_theta) for part in (emitted.query, emitted.key))
         return Emission(*turned, emitted.value)
 
-    def _far(self, key: Any, value: Tensor, past: int, cache: Cache | None) -> Far:
-        """What condenses: tokens that are not rotated yet; a group stands at their mean place."""
+    def _far(self, key: Any, value: Tensor, visibility: Visibility, cache: Cache | None) -> Far:
+        """What condenses: tokens that are not rotated yet; a group stands at their mean place.
+
+        After its moments a token has its place, and 1 if it is a sink, which agrees with no other.
+        """
         schema, d = self.score.schema, self.heads.head_dim
         given = moments.moments(key, schema)
-        place = torch.arange(past, past + given.shape[-2], device=given.device).to(given.dtype)
-        given = torch.cat([given, place[:, None].expand(*given.shape[:-1], 1)], dim=-1)
+        m = value.shape[-2]
+        new = slice(m - given.shape[-2], m)
+        there = torch.ones(1, 1, m, dtype=torch.bool, device=given.device)
+        if visibility.mask is not None:
+            there = visibility.mask[:, :, 0]
+        sink = there & (there.cumsum(-1) <= self.reach.given.sinks)
+        place = torch.arange(m, device=given.device).expand_as(sink)
+        parts = (part[..., new, None].to(given.dtype) for part in (place, sink))
+        parts = (part.expand(*given.shape[:-1], 1) for part in parts)
+        given = torch.cat([given, *parts], dim=-1)
         if cache is not None:
             given = cache.append("moments", given)
 
         def keys(of: Tensor) -> Tensor:
-            described = moments.described(of[..., :-1], schema, d, value.dtype)
+            described = moments.described(of[..., :-2], schema, d, value.dtype)
             if self.rope_theta is not None:
-                described = turn(described, of[..., -1], self.rope_theta)
+                described = turn(described, of[..., -2], self.rope_theta)
             return self.score.keys(described)
 
         def apart(one: Tensor, other: Tensor) -> Tensor:
-            return moments.divergence(one[..., :-1], other[..., :-1], schema, d)
+            alone = torch.maximum(one[..., -1], other[..., -1]) > 0
+            found = moments.divergence(one[..., :-2], other[..., :-2], schema, d)
+            return found.masked_fill(alone, torch.inf)
 
         return Far(Tokens(given, value, torch.ones_like(given[..., 0])), keys, apart)
 

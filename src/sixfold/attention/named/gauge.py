@@ -218,7 +218,7 @@ class GaugeAttention(MultiHeadAttention):
         """
         with exact(belief.mean):
             given = moments(belief, "belief")
-            far = self._far(belief, given, 0, None)
+            far = self._far(belief, given, seen, None)
             rating = rating._replace(query=rating.query.to(given), key=rating.key.to(given))
             return self.reach.attend(rating, far, seen, 0.0, self.impl, None)
 
@@ -228,7 +228,7 @@ class GaugeAttention(MultiHeadAttention):
         """The same; where groups condense, all logits as a mask, beside keys that rate nothing."""
         if not self.reach.condenses:
             return rating, seen
-        far = self._far(belief, belief.mean, 0, None)
+        far = self._far(belief, belief.mean, seen, None)
         _, seen = self.reach.explicit(rating, far, seen)
         return rating._replace(query=torch.zeros_like(rating.query)), seen
 

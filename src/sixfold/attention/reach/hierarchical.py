@@ -159,11 +159,24 @@ def check(rules: Rules, *, learns: bool) -> None:
         check_whole(scales=rules.scales)
     check_threshold("threshold", rules.threshold)
     check_positive("temperature", rules.temperature, none=True)
+    check_sinks(rules)
     if learns and rules.temperature is None:
         raise ValueError("learned needs a temperature: hard groups give it no gradient")
     if rules.temperature is not None and not 0 < rules.threshold < math.inf:
         raise ValueError(
             f"soft groups need a threshold positive and finite, got {rules.threshold!r}"
+        )
+
+
+def check_sinks(rules: Rules) -> None:
+    """Raise ValueError for a number of sinks that is none, or that cannot all stay alone."""
+    sinks = rules.sinks
+    if isinstance(sinks, bool) or not isinstance(sinks, int) or sinks < 0:
+        raise ValueError(f"sinks must be a whole number of 0 or more, got {sinks!r}")
+    if sinks and (sinks >= rules.capacity or rules.threshold == math.inf):
+        raise ValueError(
+            f"{sinks} sinks stay alone, which takes a capacity of more than {sinks} and a finite "
+            f"threshold, got {rules.capacity} and {rules.threshold}"
         )
 
 
@@ -192,6 +205,7 @@ def build(
     threshold: float = 0.01,
     scales: int | None = None,
     temperature: float | None = None,
+    sinks: int = 0,
     learned: bool = False,
     **factory: Any,
 ) -> Hierarchical:
@@ -200,10 +214,11 @@ def build(
     Options: ``block``, tokens of a block, of which a query sees its own and the one before (and
     after, where nothing is causal) token by token; ``capacity``, meta-tokens of a cell at most;
     ``threshold`` of consensus, nats; ``scales``, how many there are, None for all that fit;
-    ``temperature`` of soft groups in training, None for hard ones; ``learned``, a threshold that
-    every key head learns, by its logarithm.
+    ``temperature`` of soft groups in training, None for hard ones; ``sinks``, how many of the first
+    tokens condense with no other; ``learned``, a threshold that every key head learns, by its
+    logarithm.
 
     Raises ValueError for values that cannot be meant, and for ``learned`` without a temperature.
     """
-    rules = Rules(block, capacity, threshold, scales, temperature)
+    rules = Rules(block, capacity, threshold, scales, temperature, sinks)
     return Hierarchical(rules, heads.num_kv_heads if learned else 0, **factory)

@@ -29,7 +29,8 @@ class Rules(NamedTuple):
     block: tokens of a block, seen one by one by it and its neighbours; capacity: meta-tokens of a
     cell, at most; threshold: divergence below which neighbours agree, a number or (h, 1, 1);
     scales: how many there are, or None for as many as the sequence fills; temperature: of soft
-    groups, or None for hard ones; noisy: whether soft groups are drawn.
+    groups, or None for hard ones; sinks: first tokens that condense with no other, fewer than
+    `capacity`; noisy: whether soft groups are drawn.
     """
 
     block: int
@@ -37,6 +38,7 @@ class Rules(NamedTuple):
     threshold: float | Tensor
     scales: int | None = None
     temperature: float | None = None
+    sinks: int = 0
     noisy: bool = False
 
 
