@@ -120,6 +120,18 @@ def test_why_a_group_is_one():
     assert told[3] == "begins its cell; joined nothing more at this scale"
 
 
+def test_sinks_are_told_apart_from_the_beginning_of_a_cell():
+    reach = {"name": "hierarchical", "block": 4, "capacity": 3, "threshold": 1e9, "sinks": 1}
+    torch.manual_seed(0)
+    model = LanguageModel(9, 16, 8, 1, attention={"num_heads": 1, "reach": reach})
+    (sight,) = look(model, torch.arange(12)[None] % 9)
+    head = sight.head(0)
+    said = [reason(head, group) for group in sight.groups if group.scale == 0]
+    assert said[:2] == ["begins its cell; alone", said[1]]
+    assert said[1].startswith("is a sink, or stands beside one; neighbours inside at most")
+    assert said[2].startswith("begins its cell; neighbours inside")
+
+
 def test_the_page_tells_every_token_and_group(tmp_path):
     sights = look(made(), read())
     path = write_condensed(tmp_path / "page.html", sights, list(TEXT), title="Groups & <why>")

@@ -80,12 +80,15 @@ def fate(head: Head, at: int) -> str:
 
 def reason(head: Head, group: Group) -> str:
     """Why a group began, and why it goes on as far as it does."""
-    began = (
-        "begins its cell"
-        if math.isinf(group.began)
-        else f"began {number(group.began)} nats from what is before, "
-        f"not below the threshold of {number(head.threshold)}"
-    )
+    if math.isfinite(group.began):
+        began = (
+            f"began {number(group.began)} nats from what is before, "
+            f"not below the threshold of {number(head.threshold)}"
+        )
+    elif math.isinf(head.gaps[group.start]):
+        began = "begins its cell"
+    else:
+        began = "is a sink, or stands beside one"
     same = (group.start, group.stop)
     if group.stop - group.start == 1:
         return f"{began}; alone"

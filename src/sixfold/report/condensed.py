@@ -112,7 +112,9 @@ def look(model: nn.Module, *given: Any, **options: Any) -> tuple[Sight, ...]:
 def _sight(name: str, layer: MultiHeadAttention, x: Tensor, masks: dict[str, Any]) -> Sight:
     rules = layer.reach.decided
     apart = copy.deepcopy(layer)
-    apart.reach = Hierarchical(rules._replace(threshold=0.0, capacity=rules.block, scales=1))
+    apart.reach = Hierarchical(
+        rules._replace(threshold=0.0, capacity=rules.block, scales=1, sinks=0)
+    )
     thresholds = torch.as_tensor(rules.threshold).flatten().expand(layer.heads.num_kv_heads)
     return Sight(
         name,
