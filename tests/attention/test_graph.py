@@ -240,6 +240,15 @@ def test_dropout_is_of_training_alone():
     assert torch.equal(layer(graph.nodes, graph), layer(graph.nodes, graph))
 
 
+def test_autocast_gives_one_dtype_whatever_a_head_does():
+    graph = random_graph(14, (6, 5))
+    graph = graph._replace(nodes=graph.nodes.float())
+    for options in KINDS.values():
+        layer = made(**options).float()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(graph.nodes, graph).dtype == torch.bfloat16
+
+
 def test_bfloat16_is_near_single_precision():
     torch.manual_seed(0)
     layer, graph = SpectralGraphAttention(WIDTH, HEADS), random_graph(14, (6, 5))
@@ -274,7 +283,7 @@ def test_wrong_graphs_are_named():
     layer, graph = made(), random_graph(15, (3, 4))
     across = torch.tensor([[0, 5], [5, 0]])
     for other, said in (
-        (graph._replace(member=graph.member[:4]), r"member must be int64 \(n,\) with n 7"),
+        (graph._replace(member=graph.member[:4]), r"member must be int64 .* beside \(7, 12\)"),
         (graph._replace(member=graph.member + 1), "member must ascend from 0 by steps of 1"),
         (graph._replace(member=graph.member * 2), "every graph has nodes"),
         (graph._replace(edges=across), "nodes 0 and 5 belong to graphs 0 and 1"),

@@ -424,6 +424,10 @@ def test_wrong_widths_are_refused(make, shape):
         ({"softcap": 9.0, "impl": "fused"}, "softcap of score 'dot'.*impl 'fused' never holds"),
         ({"sinks": True, "score": "l1", "impl": "tiled"}, "sinks of score 'l1'.*impl 'tiled'"),
         ({"sinks": True, "score": "l2_squared"}, "sinks cannot be used with score 'l2_squared'"),
+        (
+            {"mixer": {"name": "random", "graph_seed": None}},
+            "graph_seed must be a whole number of 0 or more, got None",
+        ),
         ({"sinks": "no"}, "sinks must be True or False, got 'no'"),
         ({"batch_first": 1}, "batch_first must be True or False, got 1"),
     ],

@@ -109,6 +109,13 @@ def test_a_rational_filter_has_no_pole_whatever_it_learned(size):
     assert found.abs().max() <= mixer.filter.coefficients.abs().sum(1).max() + 1e-12
 
 
+def test_a_rational_filter_in_half_precision_is_a_number_at_every_rate():
+    mixer = build_fresh(19, filter="rational").half()
+    with torch.no_grad():
+        mixer.filter.log_rate.fill_(30.0)
+        assert torch.isfinite(mixer.response([0.0, 1.0, 2.0])).all()
+
+
 @pytest.mark.parametrize("order", [1, 2, 3, 12])
 def test_bands_are_projectors_that_sum_to_the_identity(make, order):
     mixer = mixer_of(make, filter="bands", order=order)

@@ -55,8 +55,8 @@ class Topology(NamedTuple):
                 raise ValueError(f"{name} of a graph must be a tensor, got {part!r}")
         if member.shape != nodes.shape[:1] or not len(member) or member.dtype != torch.int64:
             raise ValueError(
-                f"member must be int64 (n,) with n {nodes.shape[0]}, 1 or more, "
-                f"got {member.dtype} {tuple(member.shape)}"
+                f"member must be int64 (n,) beside nodes (n, features), n 1 or more, "
+                f"got {member.dtype} {tuple(member.shape)} beside {tuple(nodes.shape)}"
             )
         if int(member[0]) != 0 or not set(member.diff().unique().tolist()) <= {0, 1}:
             raise ValueError("member must ascend from 0 by steps of 1: every graph has nodes")
@@ -121,9 +121,10 @@ class SpectralGraphAttention(nn.Module):
 
     L is the normalised Laplacian, T_k are Chebyshev's polynomials. Nothing of the size n x n is
     held, and no eigenvectors are found: a filter takes `order` steps along the edges. Graphs side
-    by side do not meet. A fresh filter is a lazy random walk of `order` steps, and the gates begin
-    at 1: under a gate of 0 a score would get no gradient. The O_h stand side by side; as in a graph
-    convolution, no output map follows.
+    by side do not meet; where they attend, each takes as much room as the largest of them. A fresh
+    filter is a lazy random walk of `order` steps, and the gates begin at 1: under a gate of 0 a
+    score would get no gradient. The O_h stand side by side; as in a graph convolution, no output
+    map follows.
 
     Args:
         d_model: width of inputs and outputs.
@@ -133,7 +134,8 @@ class SpectralGraphAttention(nn.Module):
         score: how nodes rate one another, any score of points of `MultiHeadAttention`, or None for
             filters alone.
         dropout: probability of dropping an attention weight in training.
-        impl: as in `MultiHeadAttention`; ``reference`` also filters by dense matrices.
+        impl: as in `MultiHeadAttention`; ``reference`` also filters by dense matrices, and
+            serves `torch.func`.
         device: as in PyTorch.
         dtype: as in PyTorch.
 
@@ -218,7 +220,7 @@ class SpectralGraphAttention(nn.Module):
             return self.attended(x, value, there).flatten(1)
         out = self.filtered(value, there)
         if self.gate is not None:
-            out = out + self.gate[:, None] * self.attended(x, value, there)
+            out = out + self.gate[:, None].to(out.dtype) * self.attended(x, value, there)
         return out.flatten(1)
 
     def filtered(self, value: Tensor, there: Topology) -> Tensor:
@@ -229,7 +231,7 @@ class SpectralGraphAttention(nn.Module):
 
     def attended(self, x: Tensor, value: Tensor, there: Topology) -> Tensor:
         """What the nodes x attend to among values (n, h, d), same shape out."""
-        query, key = self.queries_keys(there.rows(x)).chunk(2, dim=-1)
+        query, key = there.rows(self.queries_keys(x)).chunk(2, dim=-1)
         query, key = (split_heads(part, self.heads.head_dim) for part in (query, key))
         rating = self.score(query, self.score.keys(key))
         mask = there.real[:, None, None] if len(there.real) > 1 else None

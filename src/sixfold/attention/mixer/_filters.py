@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sixfold.discover import unknown
 from sixfold.geometry.spectrum import Spectrum, polynomials
+from sixfold.ops.precision import wide
 
 START = 0.7
 """Fresh filters pass about START (1 - lambda / 2): more of what varies slowly over the graph."""
@@ -116,10 +117,10 @@ class Rational(nn.Module):
 
     def response(self, lambdas: Tensor) -> Tensor:
         """g_c at eigenvalues (e,): (g, e)."""
-        parts = self.coefficients[:, 1:, None] / (
-            1 + self.log_rate.exp()[..., None] * lambdas.to(self.log_rate)
-        )
-        return self.coefficients[:, :1] + parts.sum(1)
+        # in float16 a high rate would be infinite, and no number where the eigenvalue is 0
+        rate, weight = wide(self.log_rate).exp(), wide(self.coefficients)
+        parts = weight[:, 1:, None] / (1 + rate[..., None] * lambdas.to(rate))
+        return (weight[:, :1] + parts.sum(1)).to(self.coefficients)
 
 
 # ---------------------------------------------------------------- choice

@@ -10,5 +10,7 @@ from sixfold.geometry.hexgrid import HexGrid
 
 def build(heads: Heads, *, graph_seed: int = 0, **factory: object) -> GraphMixer:
     """The mixer of `heads`, whose number must fill a grid; `graph_seed` draws the graph."""
+    if isinstance(graph_seed, bool) or not isinstance(graph_seed, int) or graph_seed < 0:
+        raise ValueError(f"graph_seed must be a whole number of 0 or more, got {graph_seed!r}")
     adjacency = rewire(HexGrid.of(heads.num_heads).adjacency(), seed=graph_seed)
     return GraphMixer(heads, adjacency, **factory)

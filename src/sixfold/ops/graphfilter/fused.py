@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from sixfold.ops.precision import wide
+
 
 class Neighbours(NamedTuple):
     """The rows of L - I in one list: those of node i stand from offsets_i to offsets_i+1.
@@ -45,10 +47,14 @@ class Neighbours(NamedTuple):
         there = (edges[1] * num_nodes + edges[0]).sort().values
         back = (edges[0] * num_nodes + edges[1]).sort().values
         if not torch.equal(there, back):
-            one = int(torch.minimum(there, back)[(there != back).nonzero()[0]])
+            at = int((there != back).nonzero()[0])
+            found, returned = int(there[at]), int(back[at])
+            ends = (
+                divmod(found, num_nodes) if found < returned else divmod(returned, num_nodes)[::-1]
+            )
             raise ValueError(
-                f"edges must hold every edge both ways, but there are not as many "
-                f"from {one // num_nodes} to {one % num_nodes} as back"
+                f"edges must hold every edge both ways, but from {ends[0]} to {ends[1]} "
+                f"there are fewer than back"
             )
         alone = (edges[1].bincount(minlength=num_nodes) == 0).nonzero()[:, 0]
         rows = torch.cat([there, alone * (num_nodes + 1)]).sort().values
@@ -91,7 +97,8 @@ class Filter(torch.autograd.Function):
         out = coefficients[0] * x
         for a, term in zip(coefficients[1:], terms[1:], strict=True):
             out.addcmul_(a, term)
-        ctx.save_for_backward(x, coefficients, *neighbours, *terms[1:])
+        later = terms[1:] if ctx.needs_input_grad[1] else []
+        ctx.save_for_backward(x, coefficients, *neighbours, *later)
         return out
 
     @staticmethod
@@ -104,7 +111,7 @@ class Filter(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             terms = [x, *later]
             if torch.is_grad_enabled():  # second derivatives go through the terms too
-                units = torch.eye(len(terms)).to(x)[..., None, None]
+                units = torch.eye(len(coefficients), device="cpu").to(x)[..., None, None]
                 terms = [Filter.apply(x, unit, *neighbours) for unit in units]
             parts = [(gradient * term).sum(0) for term in terms]
             by_coefficients = torch.stack(parts).sum_to_size(coefficients.shape)
@@ -112,6 +119,11 @@ class Filter(torch.autograd.Function):
 
 
 def filtered(x: Tensor, coefficients: Tensor, neighbours: Neighbours) -> Tensor:
-    """Same as the reference; cost (order) x (n + e) x h d, memory (order) x n x h d."""
-    weights = neighbours.weights.to(x.dtype)
-    return Filter.apply(x, coefficients.to(x.dtype), *neighbours._replace(weights=weights))
+    """Same as the reference, of neighbours; cost (order) x (n + e) x h d, memory (order) x n x h d.
+
+    In float32 at least: a recurrence rounds at each of its steps.
+    """
+    exact = wide(x)
+    weights = neighbours.weights.to(exact.dtype)
+    out = Filter.apply(exact, coefficients.to(exact), *neighbours._replace(weights=weights))
+    return out.to(x.dtype)
