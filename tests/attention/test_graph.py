@@ -160,7 +160,7 @@ def test_a_fresh_layer_walks_and_looks_elsewhere_from_the_first_step():
     lambdas = torch.linspace(0, 2, 9, dtype=torch.float64)
     expected = ((1 - lambdas / 2) ** 3).expand(HEADS, 1, 9)
     torch.testing.assert_close(layer.response(lambdas), expected, rtol=0, atol=1e-6)
-    assert torch.equal(layer.gate, torch.ones(HEADS, dtype=torch.float64))
+    torch.testing.assert_close(layer.gate.detach(), torch.full((HEADS,), 0.1).double())
     layer(graph.nodes, graph).square().sum().backward()
     assert layer.gate.grad.all()
     assert layer.queries_keys.weight.grad.any(1).all()

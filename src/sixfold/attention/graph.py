@@ -25,6 +25,10 @@ from sixfold.ops.graphfilter import fused, reference
 from sixfold.ops.graphfilter.fused import Neighbours
 
 
+GATE = 0.1
+"""Where gates begin: from 0 scores would get no gradient, and from 1 filters learn in their noise."""
+
+
 class Topology(NamedTuple):
     """What layers need to know of a graph, found once for all of them.
 
@@ -122,9 +126,8 @@ class SpectralGraphAttention(nn.Module):
     L is the normalised Laplacian, T_k are Chebyshev's polynomials. Nothing of the size n x n is
     held, and no eigenvectors are found: a filter takes `order` steps along the edges. Graphs side
     by side do not meet; where they attend, each takes as much room as the largest of them. A fresh
-    filter is a lazy random walk of `order` steps, and the gates begin at 1: under a gate of 0 a
-    score would get no gradient. The O_h stand side by side; as in a graph convolution, no output
-    map follows.
+    filter is a lazy random walk of `order` steps, and the gates begin at 0.1. The O_h stand side by
+    side; as in a graph convolution, no output map follows.
 
     Args:
         d_model: width of inputs and outputs.
@@ -191,7 +194,7 @@ class SpectralGraphAttention(nn.Module):
             with torch.no_grad():
                 self.coefficients.copy_(walk(order)[:, None, None])
             if score is not None:
-                self.gate = nn.Parameter(torch.ones(num_heads, **factory))
+                self.gate = nn.Parameter(torch.full((num_heads,), GATE, **factory))
         for linear in (m for m in self.children() if isinstance(m, nn.Linear)):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
 
