@@ -158,14 +158,14 @@ def test_graphs_of_a_miniature_are_learned():
 def test_what_was_learned_on_small_graphs_answers_larger_ones():
     """A filter is a function of eigenvalues, and a score one of nodes: neither knows a size."""
     torch.manual_seed(0)
-    rings, steps = RingTransfer(length=5), iter(range(120))
+    rings, steps = RingTransfer(length=5), iter(range(200))
     model = NodeClassifier(5, 5, 32, attention={"num_heads": 2}, dropout=0.0)
 
     def loss():
         graph, targets = rings.train_batch(0, next(steps), 16)
         return cross_entropy(model(graph), targets, ignore_index=IGNORED)
 
-    fit(model, loss, 120)
+    fit(model, loss, 200)
     graph, targets = RingTransfer(length=25).train_batch(1, 0, 32)
     assert share_right(model(graph), targets) == 1
 

@@ -24,9 +24,8 @@ from sixfold.ops.attend import choose
 from sixfold.ops.graphfilter import fused, reference
 from sixfold.ops.graphfilter.fused import Neighbours
 
-
 GATE = 0.1
-"""Where gates begin: from 0 scores would get no gradient, and from 1 filters learn in their noise."""
+"""Where gates begin: at 0 scores would get no gradient, at 1 filters would learn in their noise."""
 
 
 class Topology(NamedTuple):
