@@ -290,6 +290,8 @@ def test_wrong_graphs_are_named():
         (graph._replace(edges=across[:, :1]), "every edge both ways"),
         (graph._replace(edges=[[0, 1], [1, 0]]), "edges of a graph must be a tensor"),
         (graph._replace(member=None), "member of a graph must be a tensor, got None"),
+        (tuple(graph), r"must be a Graph of nodes, edges and member, got \(tensor"),
+        (None, "must be a Graph of nodes, edges and member, got None"),
     ):
         with pytest.raises(ValueError, match=said):
             layer(graph.nodes, other)

@@ -49,6 +49,17 @@ def assert_same(one: torch.Tensor, other: torch.Tensor) -> None:
 
 
 @every_layer
+def test_what_padding_holds_reaches_nobody(x, options):
+    real = torch.ones(2, 61, dtype=torch.bool)
+    real[0, :20] = real[1, 50:] = False
+    held = x.masked_fill(~real[..., None], torch.nan)
+    condensing = layer(LOOSE, options)
+    found = condensing(held, key_mask=real, is_causal=True)
+    expected = condensing(held.nan_to_num(0.0), key_mask=real, is_causal=True)
+    assert torch.equal(found[real], expected[real])
+
+
+@every_layer
 @pytest.mark.parametrize("causal", [True, False])
 def test_with_threshold_zero_it_is_full_attention(x, options, causal):
     full, exact = layer("full", options), layer(EXACT, options)
@@ -181,7 +192,7 @@ def test_rows_that_see_nothing_are_zero(x):
         ({"sinks": True}, "sinks must be a whole number of 0 or more, got True"),
         ({"sinks": None}, "sinks must be a whole number of 0 or more, got None"),
         ({"sinks": 16}, "16 sinks stay alone, which takes a capacity of more than 16.*got 16"),
-        ({"sinks": 1, "threshold": float("inf")}, "a finite threshold, got 16 and inf"),
+        ({"sinks": 1, "temperature": 1.0}, "give sinks or a temperature"),
         ({"learned": "no"}, "learned must be True or False, got 'no'"),
     ],
 )

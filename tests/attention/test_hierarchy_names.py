@@ -196,9 +196,9 @@ def test_the_hierarchy_of_a_layer_is_what_a_loop_finds(x, causal):
                 *(tokens[start + 1 : end] - tokens[start : end - 1]).square().sum(-1).tolist(),
             ]
             begins = [i for i, gap in enumerate(gaps) if gap >= 0.5]
-            for a, b in pairwise([*begins, end - start]):
-                inside = max(gaps[a + 1 : b], default=0.0)
-                expected.append(Group(0, head, start + a, start + b, inside, gaps[a], row))
+            for place, (a, b) in enumerate(pairwise([*begins, end - start])):
+                inside, ends = max(gaps[a + 1 : b], default=0.0), (start + a, start + b)
+                expected.append(Group(0, head, *ends, inside, gaps[a], row, place))
     finest = [group for group in found if group.scale == 0]
     assert len(finest) == len(expected) > 30
     for ours, theirs in zip(finest, expected, strict=True):
@@ -232,12 +232,13 @@ def test_the_hierarchy_is_of_real_tokens(x):
     assert not {g.start for g in first if g.row == 1} & {12, 13}
 
 
-def test_sinks_are_the_first_real_tokens_and_stay_alone_at_every_scale(x):
+@pytest.mark.parametrize("threshold", [0.5, 1e39, math.inf])
+def test_sinks_are_the_first_real_tokens_and_stay_alone_at_every_scale(x, threshold):
     """However close they are: here all tokens of a row are nearly alike."""
     real = torch.ones(2, 45, dtype=torch.bool)
     real[0, :5] = False
     alike = x[:, :1] + 1e-3 * x
-    rules = {"block": 8, "capacity": 4, "threshold": 0.5, "sinks": 2}
+    rules = {"block": 8, "capacity": 4, "threshold": threshold, "sinks": 2}
     found = hierarchy(layer(reach=rules), alike, key_mask=real, is_causal=True)
     for row, first in ((0, 5), (1, 0)):
         for scale in (0, 1):
@@ -249,6 +250,16 @@ def test_sinks_are_the_first_real_tokens_and_stay_alone_at_every_scale(x):
             assert mine[2].start == first + 2
             assert mine[2].stop == 8 << scale
             assert [g.began for g in mine[:3]] == [math.inf] * 3
+            assert [g.place for g in mine[:3]] == [0, 1, 2]
+
+
+def test_sinks_stay_alone_beside_divergences_that_overflow(x):
+    far = x.clone()
+    far[:, 4:8] *= 1e20
+    rules = {"block": 8, "capacity": 4, "threshold": 0.5, "sinks": 2}
+    for group in hierarchy(layer(reach=rules), far, is_causal=True):
+        assert group.stop - group.start == 1 or group.start >= 2
+        assert math.isfinite(group.began) or group.place == 0 or group.start <= 2
 
 
 def test_only_what_condenses_has_a_hierarchy(x):
@@ -569,6 +580,9 @@ def test_points_that_a_mean_would_truncate_are_refused():
     detector = SoftConsensusDetector(3)
     for points in (torch.ones(4, 2, dtype=torch.int64), torch.ones(4, 2, dtype=torch.bool)):
         with pytest.raises(ValueError, match=f"mean must be floating, got {points.dtype}"):
+            detector(points)
+    for points in (torch.ones(8), torch.ones(1, 1, 1, 8, 2)):
+        with pytest.raises(ValueError, match=r"mean must be \(n, d\), \(b, n, d\) or"):
             detector(points)
 
 

@@ -84,6 +84,26 @@ def test_the_mean_of_moments_is_the_closest_gaussian_to_the_mixture():
     torch.testing.assert_close(samples.T.cov(), covariance, rtol=0, atol=0.06)
 
 
+def test_the_mean_of_diagonal_moments_is_the_mixture_of_each_coordinate():
+    """Own variances and the spread between tokens: those at 0 and 2 with variance 1 have 2."""
+    mean, std = torch.tensor([[0.0], [2.0]]).double(), torch.ones(2, 1).double()
+    mixed = M.moments(Belief(mean, std), "diagonal belief").mean(0)
+    found = M.described(mixed, "diagonal belief", 1, torch.float64)
+    assert found.mean.item() == 1
+    assert found.factor.item() == pytest.approx(2**0.5, rel=1e-15)
+
+
+@pytest.mark.parametrize("scale", [1e2, 1e4])
+def test_a_covariance_that_rounding_left_indefinite_has_a_factor(scale):
+    mean = torch.full((1, 1, 1, 2), scale, dtype=torch.float64)
+    factor = torch.tensor([[[[[1.0, 0.0], [1.0, 1e-8]]]]], dtype=torch.float64)
+    found = M.described(M.moments(Belief(mean, factor), "belief"), "belief", 2, torch.float64)
+    assert found.factor.isfinite().all()
+    torch.testing.assert_close(
+        found.factor @ found.factor.mT, factor @ factor.mT, rtol=1e-13 * scale**2, atol=0
+    )
+
+
 @pytest.mark.parametrize("schema", ["point", "diagonal belief", "belief"])
 def test_empty_places_describe_something_finite(schema):
     empty = torch.zeros(1, 1, 2, M.width(schema, D))

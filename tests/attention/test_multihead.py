@@ -379,7 +379,6 @@ def test_wrong_widths_are_refused(make, shape):
         ({"score": "cosin"}, "unknown score 'cosin'.*Did you mean 'cosine'"),
         ({"reach": "windows"}, "unknown reach 'windows'.*Did you mean 'window'"),
         ({"mixer": "hexagon"}, "unknown mixer 'hexagon'.*Did you mean 'hexagonal'"),
-        ({"mixer": {"tied": True}}, "unknown mixer None"),
         ({"reach": "window"}, "reach 'window' needs width: give"),
         (
             {"reach": {"name": "window", "width": 0}},
@@ -387,6 +386,7 @@ def test_wrong_widths_are_refused(make, shape):
         ),
         ({"reach": {"name": "window", "width": 2.5}}, "whole number of 1 or more, got 2.5"),
         ({"mixer": None}, "mixer must be a name, or a name with options, got None"),
+        ({"mixer": {"tied": True}}, r"mixer needs a name: .* beside \['tied'\]"),
         ({"score": {"name": "dot", "power": 2}}, "score 'dot'.*power"),
         ({"mixer": {"name": "hexagonal", "free": True}}, "mixer 'hexagonal'.*free"),
         (

@@ -380,6 +380,15 @@ def test_transport_takes_one_frame_to_another():
         transport(random(4), random(4))
     with pytest.raises(ValueError, match="unknown algebra 'sl'"):
         transport(phi[0], phi[1], "sl")
+    with pytest.raises(ValueError, match="phi_i has 3 coordinates, phi_j 1"):
+        transport(random(3), random(1))
+
+
+def test_beliefs_are_aggregated_over_all_pairs():
+    mu, _, phi = beliefs()
+    for frames in (None, phi):
+        with pytest.raises(ValueError, match=r"beta must be \(..., n, n\) beside mu"):
+            aggregate_beliefs(mu, torch.ones(len(mu), 1).double(), frames)
 
 
 def test_the_divergence_is_that_of_the_standard_library():

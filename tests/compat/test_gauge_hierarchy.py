@@ -180,6 +180,11 @@ def test_a_configuration_that_cannot_be_meant_is_refused(fields, message):
         HierarchicalConfig(*fields)
 
 
+def test_whether_anything_emerges_is_yes_or_no():
+    with pytest.raises(ValueError, match="enable_emergence must be True or False, got 'no'"):
+        EmergentHierarchicalAttention(D, enable_emergence="no")
+
+
 @pytest.mark.parametrize("threshold", [float("nan"), -1, "a", None])
 def test_a_threshold_that_cannot_be_meant_is_refused(beliefs, threshold):
     with pytest.raises(ValueError, match=f"^kl_threshold must be 0 or more, got {threshold!r}"):

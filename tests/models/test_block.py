@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from sixfold.models._block import Block, blocks, given, with_defaults
+from sixfold.models._block import Block, blocks, given, per_layer
 
 
 def test_a_block_is_its_formula():
@@ -47,8 +47,8 @@ def test_mlp_ratio_sets_the_hidden_width():
 def test_a_layer_may_override_a_default():
     own, usual = {"num_heads": 1}, {"num_heads": 4, "head_dim": 2}
     both = {"num_heads": 1, "head_dim": 2}
-    assert with_defaults([own, {}], 2, **usual) == [both, usual]
-    assert with_defaults(own, 2, head_dim=2) == [both] * 2
+    assert per_layer([own, {}], 2, **usual) == [both, usual]
+    assert per_layer(own, 2, head_dim=2) == [both] * 2
 
 
 def test_given_arguments_do_not_change_with_their_owner():

@@ -80,6 +80,15 @@ def test_poolings_are_what_they_are_called():
     assert torch.allclose(model.pooled(x, there)[2], x[7], atol=1e-6)
 
 
+def test_many_nodes_are_averaged_in_half_precision():
+    """70,000 states of about 8 sum to more than float16 holds."""
+    model = GraphClassifier(**TINY).half()
+    states = torch.full((70_000, 8), 8.0, dtype=torch.float16)
+    none, member = torch.zeros(2, 0, dtype=torch.int64), torch.zeros(70_000, dtype=torch.int64)
+    there = Topology.of(Graph(states, none, member))
+    assert torch.equal(model.pooled(states, there), states[:1])
+
+
 def test_every_parameter_gets_a_finite_gradient(make):
     model = make()
     model(graph()).square().sum().backward()
@@ -187,6 +196,8 @@ def fit(model, loss, steps):
         ({"residual": "no"}, "residual must be True or False, got 'no'"),
         ({"dropout": "a"}, r"dropout must be in \[0, 1\), got 'a'"),
         ({"attention": {"nh": 3}}, "attention: unknown option 'nh'"),
+        ({"attention": {}}, "attention needs num_heads"),
+        ({"d_model": "8"}, "d_model must be a whole number of 1 or more, got '8'"),
         ({"features": 0}, "features must be a whole number of 1 or more, got 0"),
         ({"attention": [{"num_heads": 2}]}, "attention lists 1 layers, num_layers is 2"),
     ],
@@ -203,3 +214,5 @@ def test_wrong_poolings_and_nodes_are_named():
         GraphClassifier(**TINY, pooling="max")
     with pytest.raises(ValueError, match=r"nodes must be \(n, 5\), got \(8, 4\)"):
         NodeClassifier(**TINY)(graph()._replace(nodes=torch.zeros(8, 4)))
+    with pytest.raises(ValueError, match="nodes must be floating, got torch.int64"):
+        NodeClassifier(**TINY)(graph()._replace(nodes=torch.zeros(8, 5, dtype=torch.int64)))

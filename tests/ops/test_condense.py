@@ -145,6 +145,13 @@ def test_groups_are_what_the_threshold_says():
     assert groups.beginnings(apart, 0.02, 3)[0].nonzero().flatten().tolist() == [0, 5, 7]
 
 
+def test_a_cell_begins_whatever_is_no_number_in_it():
+    nan = torch.nan
+    distance = torch.tensor([[torch.inf, nan, nan, 9.0], [torch.inf, torch.inf, nan, nan]])
+    begins = groups.beginnings(distance, 0.5, 2)
+    assert begins.tolist() == [[True, False, False, False], [True, True, False, False]]
+
+
 def test_empty_places_are_passed_over():
     moments = torch.tensor([0.0, 7.0, 7.0, 0.1])[None, :, None]
     tokens = Tokens(moments, moments, torch.tensor([[2.0, 0.0, 0.0, 1.0]]))
@@ -320,6 +327,14 @@ def test_soft_places_become_hard_ones_as_the_temperature_falls():
     assert errors[2] < 1e-6
     places = groups.soft_places(apart, 0.5, 4, 0.3, still)
     torch.testing.assert_close(places.sum(-1), torch.ones_like(apart))
+
+
+def test_soft_groups_beyond_the_room_there_is_share_the_last_place():
+    apart = torch.tensor([torch.inf, 50.0, 50.0, 50.0, 50.0], dtype=torch.float64)
+    found = groups.soft_places(apart, 0.5, 2, 0.5, torch.zeros_like(apart))
+    torch.testing.assert_close(found[2:], found[1:2].expand(3, 2), rtol=0, atol=1e-3)
+    expected = torch.tensor([-2.0, 0.0], dtype=torch.float64).softmax(-1)
+    torch.testing.assert_close(found[1], expected, rtol=0, atol=1e-3)
 
 
 def test_a_soft_place_depends_on_the_past_alone_and_teaches_the_threshold():

@@ -154,6 +154,7 @@ def test_nothing_is_held_of_all_pairs_of_nodes():
             "both ways, but from 2 to 1 there are fewer than back",
         ),
         (torch.tensor([[2, 1, 0], [1, 0, 1]]), "both ways, but from 1 to 2 there are fewer"),
+        (torch.tensor([[2, 0, 1], [0, 1, 0]]), "both ways, but from 0 to 2 there are fewer"),
         (torch.tensor([[0, 11], [11, 0]]), r"nodes in \[0, 11\), got 0 to 11"),
         (torch.tensor([[-1, 0], [0, -1]]), r"got -1 to 0"),
         (torch.tensor([[0, 1], [1, 0]]).int(), r"int64 \(2, e\), got torch.int32"),

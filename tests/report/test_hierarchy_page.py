@@ -111,13 +111,24 @@ def test_why_a_group_is_one():
     groups = [
         Group(0, 0, 0, 2, 0.25, math.inf), Group(0, 0, 2, 3, 0.0, 4.5),
         Group(0, 0, 3, 8, 2.0, 3.0), Group(1, 0, 0, 2, 0.0, math.inf),
+        Group(1, 0, 2, 8, 4.5, math.inf, place=1),
     ]  # fmt: skip
-    head = Head(groups, [math.inf, 0.25, 4.5, 3.0, 0.1, 2.0, 0.1, 0.1], 1.0, 3)
+    gaps = [math.inf, 0.25, 4.5, 3.0, 0.1, 2.0, 0.1, 0.1]
+    head = Head(groups, gaps, frozenset({0}), 1.0, 3)
     told = [reason(head, group) for group in groups]
     assert told[0] == "begins its cell; neighbours inside at most 0.25 nats apart: consensus"
     assert told[1] == "began 4.5 nats from what is before, not below the threshold of 1; alone"
     assert "2 nats apart: joined for want of room, a cell has 3 groups" in told[2]
     assert told[3] == "begins its cell; joined nothing more at this scale"
+    assert told[4].startswith("is a sink, or stands beside one; neighbours inside at most 4.5")
+
+
+def test_consensus_is_strict():
+    """At exactly the threshold neighbours stay apart, unless there is no room."""
+    groups = [Group(0, 0, 0, 2, 1.0, math.inf)]
+    head = Head(groups, [math.inf, 1.0], frozenset({0}), 1.0, 1)
+    assert fate(head, 1) == FULL
+    assert "joined for want of room" in reason(head, groups[0])
 
 
 def test_sinks_are_told_apart_from_the_beginning_of_a_cell():

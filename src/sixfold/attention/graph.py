@@ -45,13 +45,15 @@ class Topology(NamedTuple):
     def of(cls, graph: Graph) -> Topology:
         """The topology of a graph, or of several side by side.
 
-        Raises ValueError for edges that do not come back or lead to another graph, and for members
-        that do not ascend from 0 by steps of 1.
+        Raises ValueError for what is no `Graph`, for edges that do not come back or lead to another
+        graph, and for members that do not ascend from 0 by steps of 1.
 
         >>> edges, member = torch.tensor([[0, 1], [1, 0]]), torch.tensor([0, 0, 1])
         >>> Topology.of(Graph(torch.zeros(3, 1), edges, member)).real.int().tolist()
         [[1, 1], [1, 0]]
         """
+        if not isinstance(graph, Graph):
+            raise ValueError(f"graph must be a Graph of nodes, edges and member, got {graph!r:.60}")
         nodes, edges, member = graph
         for name, part in graph._asdict().items():
             if not isinstance(part, Tensor):

@@ -32,8 +32,9 @@ class Group(NamedTuple):
 
     apart: the largest divergence between neighbours that it joined, 0 where it joined none.
     began: the divergence from the neighbour before it, which is why it began; inf at the start of a
-    cell, where one begins whatever is before.
+    cell, where one begins whatever is before, and at a sink and after it.
     row: of the batch.
+    place: its number in its cell.
     """
 
     scale: int
@@ -43,6 +44,7 @@ class Group(NamedTuple):
     apart: float
     began: float
     row: int = 0
+    place: int = 0
 
 
 class MetaTokens(NamedTuple):
@@ -121,14 +123,13 @@ def groups(
         count, span = level.size.shape[-2], block << scale
         parts, constituents = below.cells(width, count), tokens.cells(span, count)
         distance = apart(parts, divergence)
-        distance[distance == torch.finfo(distance.dtype).max] = torch.inf  # of a sink
         joined = where.bool() & (parts.size > 0)[..., None]
         own = share.bool() & (constituents.size > 0)[..., None]
         for row, head, cell, place in level.size.nonzero().tolist():
             began, *inside = distance[row, head, cell][joined[row, head, cell, :, place]].tolist()
             of = own[row, head, cell, :, place].nonzero().flatten() + cell * span
             ends = int(of[0]), int(of[-1]) + 1
-            found.append(Group(scale, head, *ends, max(inside, default=0.0), began, row))
+            found.append(Group(scale, head, *ends, max(inside, default=0.0), began, row, place))
         below, width = level.joined(), 2 * rules.capacity
     return tuple(found)
 
@@ -293,6 +294,10 @@ class SoftConsensusDetector(nn.Module):
         """
         if not mean.is_floating_point():
             raise ValueError(f"mean must be floating, got {mean.dtype}")
+        if mean.ndim not in (2, 3, 4):
+            raise ValueError(
+                f"mean must be (n, d), (b, n, d) or (b, h, n, d), got {tuple(mean.shape)}"
+            )
         points = covariance is None and factor is None
         if points and phi is not None:
             raise ValueError("phi turns beliefs: give covariance or factor too")

@@ -93,10 +93,13 @@ def described(moments: Tensor, schema: Schema, d: int, dtype: torch.dtype) -> An
 def divergence(one: Tensor, other: Tensor, schema: Schema, d: int) -> Tensor:
     """KL(p || q) + KL(q || p) of tokens with these moments, nats, (...).
 
-    Points are taken for Gaussians with unit covariance: their squared distance.
+    Points are taken for Gaussians with unit covariance: their squared distance. What overflows is
+    the largest number: infinitely far is who agrees with nobody.
     """
     if schema == "point":
-        return (one - other).square().sum(-1)
-    p, q = (described(given, schema, d, given.dtype) for given in (one, other))
-    of = kl_diagonal if schema == "diagonal belief" else kl
-    return of(p.mean, p.factor, q.mean, q.factor) + of(q.mean, q.factor, p.mean, p.factor)
+        found = (one - other).square().sum(-1)
+    else:
+        p, q = (described(given, schema, d, given.dtype) for given in (one, other))
+        of = kl_diagonal if schema == "diagonal belief" else kl
+        found = of(p.mean, p.factor, q.mean, q.factor) + of(q.mean, q.factor, p.mean, p.factor)
+    return found.clamp(max=torch.finfo(found.dtype).max)

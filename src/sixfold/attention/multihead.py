@@ -50,7 +50,9 @@ def build_part(kind: str, part: Part, heads: Heads, **factory: Any) -> Any:
     if not isinstance(part, str | Mapping):
         raise ValueError(f"{kind} must be a name, or a name with options, got {part!r}")
     options = {"name": part} if isinstance(part, str) else dict(part)
-    name = options.pop("name", None)
+    if "name" not in options:
+        raise ValueError(f'{kind} needs a name: give {{"name": ...}} beside {sorted(options)}')
+    name = options.pop("name")
     build = load(f"sixfold.attention.{kind}", name)
     parameters = list(inspect.signature(build).parameters.values())
     known = {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
@@ -332,16 +334,13 @@ class MultiHeadAttention(nn.Module):
         """
         schema, d = self.score.schema, self.heads.head_dim
         given = moments.moments(key, schema)
-        m = value.shape[-2]
-        new = slice(m - given.shape[-2], m)
-        there = torch.ones(1, 1, m, dtype=torch.bool, device=given.device)
-        if visibility.mask is not None:
-            there = visibility.mask[:, :, 0]
-        sink = there & (there.cumsum(-1) <= self.reach.given.sinks)
-        place = torch.arange(m, device=given.device).expand_as(sink)
-        parts = (part[..., new, None].to(given.dtype) for part in (place, sink))
-        parts = (part.expand(*given.shape[:-1], 1) for part in parts)
-        given = torch.cat([given, *parts], dim=-1)
+        n, m = given.shape[-2], value.shape[-2]
+        number = place = torch.arange(m - n, m, device=given.device)
+        if visibility.mask is not None:  # of real tokens
+            number = visibility.mask[:, :, 0].cumsum(-1)[..., m - n :] - 1
+        sink = number < self.reach.given.sinks
+        added = torch.stack(torch.broadcast_tensors(place, sink), dim=-1).to(given.dtype)
+        given = torch.cat([given, added.expand(*given.shape[:-1], 2)], dim=-1)
         if cache is not None:
             given = cache.append("moments", given)
 

@@ -76,24 +76,16 @@ def blocks(
     return stack
 
 
-def with_defaults(
-    attention: Mapping[str, Any] | Sequence[Mapping[str, Any]], num_layers: int, **defaults: Any
-) -> list[dict[str, Any]]:
-    """Options per layer, `defaults` where a layer does not say otherwise.
-
-    Raises ValueError for what are no options.
-    """
-    return [{**defaults, **options} for options in per_layer(attention, num_layers)]
-
-
 def per_layer(
     attention: Mapping[str, Any] | Sequence[Mapping[str, Any]],
     num_layers: int,
     known: Sequence[str] = OPTIONS,
+    **defaults: Any,
 ) -> list[Mapping[str, Any]]:
-    """Options of each layer, of one set for all or one per layer.
+    """Options of each layer, of one set for all or one per layer, over `defaults`.
 
-    Raises ValueError for what are no `known` options, and for as many as there are no layers.
+    Raises ValueError for what are no `known` options, for layers that do not know their num_heads,
+    and for as many as there are no layers.
     """
     check_whole(num_layers=num_layers)
     listed = isinstance(attention, Sequence) and not isinstance(attention, str)
@@ -104,9 +96,11 @@ def per_layer(
         for option in options:
             if option not in known:
                 raise ValueError("attention: " + unknown("option", option, known))
+        if "num_heads" not in {**defaults, **options}:
+            raise ValueError("attention needs num_heads: give {'num_heads': 4}, say")
     if len(layers) != num_layers:
         raise ValueError(f"attention lists {len(layers)} layers, num_layers is {num_layers}")
-    return list(layers)
+    return [{**defaults, **options} for options in layers]
 
 
 def check_ids(tokens: Tensor) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sixfold.attention.allowed import check_whole
-from sixfold.models._block import blocks, check_ids, given, with_defaults
+from sixfold.models._block import blocks, check_ids, given, per_layer
 
 ROTARY_THETA = 10_000.0
 EMBEDDING_STD = 0.02
@@ -61,7 +61,7 @@ class SequenceClassifier(nn.Module):
         check_whole(**sizes, d_model=d_model)
         if not 0 <= pad < vocab_size:
             raise ValueError(f"pad must be in [0, {vocab_size}), got {pad}")
-        layers = with_defaults(attention, num_layers, rope_theta=ROTARY_THETA)
+        layers = per_layer(attention, num_layers, rope_theta=ROTARY_THETA)
         self.context, self.pad = context, pad
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.drop = nn.Dropout(dropout)

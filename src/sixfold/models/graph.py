@@ -13,6 +13,7 @@ from sixfold.contracts import Graph
 from sixfold.discover import unknown
 from sixfold.models._block import given
 from sixfold.models.node import NodeClassifier, Norm
+from sixfold.ops.precision import wide
 
 POOLINGS = ("mean", "sum", "attention")
 
@@ -73,12 +74,11 @@ class GraphClassifier(NodeClassifier):
     def pooled(self, x: Tensor, there: Topology) -> Tensor:
         """One state (g, d_model) for every graph, of states x (n, d_model) of its nodes."""
         rows, real = there.rows(x), there.real[..., None]
-        if self.pooling == "sum":
-            return rows.sum(1)
-        if self.pooling == "mean":
-            return rows.sum(1) / real.sum(1)
-        rated = self.rate(rows).masked_fill(~real, -torch.inf)
-        return (rated.softmax(1) * rows).sum(1)
+        if self.pooling == "attention":
+            shares = self.rate(rows).masked_fill(~real, -torch.inf).softmax(1)
+            return (shares * rows).sum(1)
+        total = wide(rows).sum(1)  # many nodes: half precision would overflow
+        return (total if self.pooling == "sum" else total / real.sum(1)).to(x.dtype)
 
 
 build = GraphClassifier

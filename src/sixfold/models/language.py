@@ -12,7 +12,7 @@ from sixfold.attention.allowed import check_whole
 from sixfold.attention.cache import KeyValueCache
 from sixfold.contracts import Cache
 from sixfold.discover import unknown
-from sixfold.models._block import blocks, check_ids, given, with_defaults
+from sixfold.models._block import blocks, check_ids, given, per_layer
 
 POSITIONS = ("rotary", "learned")
 ROTARY_THETA = 10_000.0
@@ -61,7 +61,7 @@ class LanguageModel(nn.Module):
         if positions not in POSITIONS:
             raise ValueError(unknown("positions", positions, POSITIONS))
         theta = ROTARY_THETA if positions == "rotary" else None
-        layers = with_defaults(attention, num_layers, rope_theta=theta)
+        layers = per_layer(attention, num_layers, rope_theta=theta)
         self.context = context
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.position = nn.Embedding(context, d_model) if positions == "learned" else None

@@ -86,7 +86,8 @@ class NodeClassifier(nn.Module):
     ) -> None:
         super().__init__()
         self.arguments = given(locals())
-        check_whole(features=features, num_classes=num_classes, num_layers=num_layers)
+        sizes = {"features": features, "num_classes": num_classes, "d_model": d_model}
+        check_whole(**sizes, num_layers=num_layers)
         check_share("dropout", dropout)
         check_flags(residual=residual)
         if norm not in NORMS:
@@ -112,6 +113,8 @@ class NodeClassifier(nn.Module):
         features = self.embedding.in_features
         if graph.nodes.ndim != 2 or graph.nodes.shape[1] != features:
             raise ValueError(f"nodes must be (n, {features}), got {tuple(graph.nodes.shape)}")
+        if not graph.nodes.is_floating_point():
+            raise ValueError(f"nodes must be floating, got {graph.nodes.dtype}")
         x = self.drop(self.embedding(graph.nodes))
         for block in self.blocks:
             x = block(x, there)

@@ -17,9 +17,11 @@ WIDE = 1080.0
 """Of a drawing; tokens that have no room begin another line."""
 LEFT, TALL, ROW, LETTER = 72.0, 44.0, 17.0, 7.9
 VISIBLE = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"})
-CELL, BEGINS, JOINS, FULL = "cell", "begins", "joins", "full"
+CELL, SINK, BEGINS, JOINS, FULL = "cell", "sink", "begins", "joins", "full"
 LOOK = {BEGINS: "s0", JOINS: "faint", FULL: "warning"}
 NAMES = {
+    CELL: "a cell begins",
+    SINK: "a sink, or beside one",
     BEGINS: "a group begins",
     JOINS: "below the threshold: joined",
     FULL: "joined for want of room",
@@ -30,11 +32,13 @@ class Head(NamedTuple):
     """What one head made of one sequence.
 
     groups: of all scales; gaps: how far each token is from the one before in its cell, nats, inf
-    where a cell begins and nan where the token is of no cell; capacity: groups of a cell at most.
+    where a cell begins and at sinks, nan where the token is of no cell; cells: where cells of the
+    finest scale begin; capacity: groups of a cell at most.
     """
 
     groups: Sequence[Group]
     gaps: Sequence[float]
+    cells: frozenset[int]
     threshold: float
     capacity: int
 
@@ -72,7 +76,7 @@ def spelled(group: Group, tokens: Sequence[str]) -> str:
 def fate(head: Head, at: int) -> str:
     """What became of a token's neighbourhood to the one before, at the finest scale."""
     if head.gaps[at] == math.inf:
-        return CELL
+        return CELL if at in head.cells else SINK
     if any(group.scale == 0 and group.start == at for group in head.groups):
         return BEGINS
     return JOINS if head.gaps[at] < head.threshold else FULL
@@ -85,7 +89,7 @@ def reason(head: Head, group: Group) -> str:
             f"began {number(group.began)} nats from what is before, "
             f"not below the threshold of {number(head.threshold)}"
         )
-    elif math.isinf(head.gaps[group.start]):
+    elif group.place == 0:
         began = "begins its cell"
     else:
         began = "is a sink, or stands beside one"
@@ -156,7 +160,7 @@ def _legend(head: Head) -> str:
     keys = [(LOOK[name], "▮", NAMES[name]) for name in (BEGINS, JOINS, FULL) if name in fates]
     if math.isfinite(head.threshold):
         keys.append(("critical", "┄", f"threshold {number(head.threshold)} nats"))
-    keys.append(("faint", "┊", "a cell begins"))
+    keys.append(("faint", "┊", NAMES[CELL]))
     shown = (
         f'<tspan class="key {look}" dx="{10 if i else 0}">{sign}</tspan>'
         f'<tspan dx="4">{text}</tspan>'
@@ -180,6 +184,8 @@ def _bars(head: Head, line: Line, bars: Scale) -> list[str]:
         if math.isnan(gap):
             continue
         what = fate(head, at)
+        if what == SINK:
+            continue
         if what == CELL:
             parts.append(f'<path class="hole" d="M{x:.1f} {bars.end:.1f}V{bars.start + 24:.1f}"/>')
             continue

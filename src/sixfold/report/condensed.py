@@ -52,10 +52,11 @@ class Sight(NamedTuple):
                 f"{self.block} tokens, and to be seen two blocks away"
             )
         gaps = [math.nan] * max(group.stop for group in groups)
-        for group in self.alone:
-            if (group.head, group.row) == (head, row):
-                gaps[group.start] = group.began
-        return Head(groups, gaps, self.thresholds[head], self.capacity)
+        alone = [group for group in self.alone if (group.head, group.row) == (head, row)]
+        for group in alone:
+            gaps[group.start] = group.began
+        begin = frozenset(group.start for group in alone if group.place == 0)
+        return Head(groups, gaps, begin, self.thresholds[head], self.capacity)
 
 
 @torch.no_grad()
@@ -234,10 +235,10 @@ def _tokens(head: Head, tokens: Sequence[str]) -> list[tuple[str, ...]]:
         there = [at for at in range(group.start, group.stop) if not math.isnan(head.gaps[at])]
         for at in there:
             what = fate(head, at)
-            cell = what == brackets.CELL
-            gap = "" if cell else number(head.gaps[at])
-            led = "a cell begins" if cell else brackets.NAMES[what]
-            rows.append((str(at), visible(tokens[at]), gap, led, of, share(len(there))))
+            gap = number(head.gaps[at]) if math.isfinite(head.gaps[at]) else ""
+            rows.append(
+                (str(at), visible(tokens[at]), gap, brackets.NAMES[what], of, share(len(there)))
+            )
     return rows
 
 

@@ -102,10 +102,10 @@ class Hierarchical(nn.Module):
                 "reach 'hierarchical' with a temperature draws its groups in training, "
                 "which a cache cannot keep: call eval(), or give no cache"
             )
+        far = far._replace(tokens=alive(far.tokens, visibility.mask))
         if impl == "reference" or not isinstance(rating, Features):
             rating, visibility = self.explicit(rating, far, visibility, rules)
             return attend(rating, far.tokens.value, visibility, dropout)
-        far = far._replace(tokens=alive(far.tokens, visibility.mask))
         pyramid = self.pyramid(far, rules, cache, is_causal=visibility.is_causal)
         given = (rating, far.keys, far.tokens, pyramid, rules)
         return fused.attend(*given, is_causal=visibility.is_causal, dropout=dropout)
@@ -173,10 +173,15 @@ def check_sinks(rules: Rules) -> None:
     sinks = rules.sinks
     if isinstance(sinks, bool) or not isinstance(sinks, int) or sinks < 0:
         raise ValueError(f"sinks must be a whole number of 0 or more, got {sinks!r}")
-    if sinks and (sinks >= rules.capacity or rules.threshold == math.inf):
+    if sinks >= rules.capacity and sinks:
         raise ValueError(
-            f"{sinks} sinks stay alone, which takes a capacity of more than {sinks} and a finite "
-            f"threshold, got {rules.capacity} and {rules.threshold}"
+            f"{sinks} sinks stay alone, which takes a capacity of more than {sinks}, "
+            f"got {rules.capacity}"
+        )
+    if sinks and rules.temperature is not None:
+        raise ValueError(
+            "sinks stay alone, but a temperature shares every token among groups: "
+            "give sinks or a temperature"
         )
 
 
@@ -215,10 +220,11 @@ def build(
     after, where nothing is causal) token by token; ``capacity``, meta-tokens of a cell at most;
     ``threshold`` of consensus, nats; ``scales``, how many there are, None for all that fit;
     ``temperature`` of soft groups in training, None for hard ones; ``sinks``, how many of the first
-    tokens condense with no other; ``learned``, a threshold that every key head learns, by its
-    logarithm.
+    tokens condense with no other, where groups are hard; ``learned``, a threshold that every key
+    head learns, by its logarithm.
 
-    Raises ValueError for values that cannot be meant, and for ``learned`` without a temperature.
+    Raises ValueError for values that cannot be meant, for ``learned`` without a temperature, and
+    for ``sinks`` with one.
     """
     rules = Rules(block, capacity, threshold, scales, temperature, sinks)
     return Hierarchical(rules, heads.num_kv_heads if learned else 0, **factory)

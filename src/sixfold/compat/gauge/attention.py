@@ -24,7 +24,8 @@ WIDEST = 512  # of a frame whose width is read off its coordinates
 def transport(phi_i: Tensor, phi_j: Tensor, algebra: str = "so") -> Tensor:
     """Omega_ij = exp(phi_i) exp(-phi_j): coordinates (..., g) to matrices (..., d, d).
 
-    Raises ValueError where no d has g coordinates, and for another algebra than ``so`` and ``gl``.
+    Raises ValueError where no d has g coordinates, for unequal numbers of them, and for another
+    algebra than ``so`` and ``gl``.
 
     >>> half_turn = transport(torch.tensor([torch.pi]), torch.zeros(1))
     >>> half_turn.round().abs()
@@ -35,6 +36,8 @@ def transport(phi_i: Tensor, phi_j: Tensor, algebra: str = "so") -> Tensor:
         raise ValueError(unknown("algebra", algebra, ALGEBRAS))
     g = phi_i.shape[-1]
     widths = [d for d in range(1, WIDEST) if dimension(algebra, d) == g]
+    if phi_j.shape[-1] != g:
+        raise ValueError(f"phi_i has {g} coordinates, phi_j {phi_j.shape[-1]}")
     if not widths:
         raise ValueError(f"phi_i has {g} coordinates: no width has so many in {algebra}(d)")
     there, back = element(phi_i, algebra, widths[0]), element(-phi_j, algebra, widths[0])
@@ -93,8 +96,13 @@ def compute_kl_attention(
 def aggregate_beliefs(mu: Tensor, beta: Tensor, phi: Tensor | None = None) -> Tensor:
     """mu_i' = sum over j of beta_ij Omega_ij mu_j: (n, d), (n, n), (n, g) to (n, d).
 
-    Without phi all agents share one frame.
+    Without phi all agents share one frame. Raises ValueError for a beta that is not of all pairs.
     """
+    if beta.shape[-2:] != (mu.shape[-2], mu.shape[-2]):
+        raise ValueError(
+            f"beta must be (..., n, n) beside mu (..., n, d) {tuple(mu.shape)}, "
+            f"got {tuple(beta.shape)}"
+        )
     if phi is None:
         return beta @ mu
     eye = torch.eye(mu.shape[-1], dtype=mu.dtype, device=mu.device)

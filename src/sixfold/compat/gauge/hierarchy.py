@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sixfold.attention import hierarchy
-from sixfold.attention.allowed import check_whole
+from sixfold.attention.allowed import check_flags, check_whole
 from sixfold.attention.beliefs import believe, divergence_score
 from sixfold.attention.multihead import Part, check_sizes
 from sixfold.attention.named.emergent import EmergentHierarchicalAttention as Attention
@@ -137,6 +137,7 @@ class EmergentHierarchicalAttention(Attention):
 
     def __init__(self, d_model: int, *, enable_emergence: bool = True, **options: Any) -> None:
         super().__init__(d_model, **options)
+        check_flags(enable_emergence=enable_emergence)
         self.enable_emergence = enable_emergence
 
     def forward(

@@ -64,7 +64,8 @@ class Tokens(NamedTuple):
 def apart(tokens: Tokens, divergence: Divergence) -> Tensor:
     """How far each token is from the one before it in its cell, (..., n).
 
-    Empty places are passed over and get -inf, the first token of a cell inf.
+    Empty places are passed over and get -inf, the first token of a cell inf, as what no divergence
+    lets agree.
     """
     there = tokens.size > 0
     places = torch.arange(tokens.size.shape[-1], device=there.device).expand(there.shape)
@@ -72,25 +73,18 @@ def apart(tokens: Tokens, divergence: Divergence) -> Tensor:
     previous = pad(latest[..., :-1], (1, 0), value=-1)
     index = previous.clamp(min=0)[..., None].expand(tokens.moments.shape)
     found = divergence(tokens.moments, tokens.moments.gather(-2, index))
-    # infinity says that a cell begins
-    found = found.clamp(max=torch.finfo(found.dtype).max)
     return found.masked_fill(previous < 0, torch.inf).masked_fill(~there, -torch.inf)
 
 
 def beginnings(apart: Tensor, threshold: float | Tensor, capacity: int) -> Tensor:
-    """Where a group begins, (..., n): at the first token, and where neighbours do not agree.
+    """Where a group begins, (..., n): wherever it is infinitely far, and where neighbours disagree.
 
     Consensus is strict: neighbours at exactly the threshold stay apart. Of more than `capacity`
     groups those merge whose neighbours are closest.
     """
-    first = apart.isposinf()
-    if capacity == 1:
-        return first
-    inner = apart.masked_fill(first, -torch.inf)
-    kept = min(capacity - 1, inner.shape[-1])
-    farthest = inner.topk(kept, dim=-1).indices
-    chosen = torch.zeros_like(first).scatter_(-1, farthest, value=True)
-    return first | (chosen & (inner >= threshold) & ~inner.isneginf())
+    farthest = apart.topk(min(capacity, apart.shape[-1]), dim=-1).indices
+    chosen = torch.zeros_like(apart, dtype=torch.bool).scatter_(-1, farthest, value=True)
+    return apart.isposinf() | (chosen & (apart >= threshold))
 
 
 def places(begins: Tensor, capacity: int, dtype: torch.dtype) -> Tensor:

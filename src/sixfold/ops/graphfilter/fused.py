@@ -20,7 +20,8 @@ class Neighbours(NamedTuple):
     """The rows of L - I in one list: those of node i stand from offsets_i to offsets_i+1.
 
     sources (e,), offsets (n + 1,), weights (e,), float64. A neighbour weighs -1 / sqrt(deg deg); a
-    node without edges has a row of zeros in L, and stands here as its own neighbour.
+    node without edges has a row of zeros in L, and stands here as its own neighbour: it counts
+    among the e.
     """
 
     sources: Tensor
@@ -67,7 +68,7 @@ class Neighbours(NamedTuple):
 
 def polynomials(x: Tensor, order: int, neighbours: Neighbours) -> list[Tensor]:
     """T_k(L - I) x for k = 0 to an order, of x (n, h, d)."""
-    sources, offsets, weights = neighbours
+    sources, offsets, once = neighbours
 
     def stepped(term: Tensor, weights: Tensor) -> Tensor:
         near = embedding_bag(
@@ -82,9 +83,10 @@ def polynomials(x: Tensor, order: int, neighbours: Neighbours) -> list[Tensor]:
 
     terms = [x.contiguous()]
     if order:
-        terms.append(stepped(terms[0], weights))
+        terms.append(stepped(terms[0], once))
+    twice = 2 * once
     while len(terms) <= order:
-        terms.append(stepped(terms[-1], 2 * weights).sub_(terms[-2]))
+        terms.append(stepped(terms[-1], twice).sub_(terms[-2]))
     return terms
 
 
