@@ -16,7 +16,18 @@ from sixfold.attention.hierarchy import Group
 from sixfold.contracts import Visibility
 from sixfold.models.language import LanguageModel
 from sixfold.report import brackets
-from sixfold.report.brackets import BEGINS, CELL, FULL, JOINS, Head, fate, lines, reason, visible
+from sixfold.report.brackets import (
+    BEGINS,
+    CELL,
+    FULL,
+    JOINS,
+    SINK,
+    Head,
+    fate,
+    lines,
+    reason,
+    visible,
+)
 from sixfold.report.condensed import look, picture, write_condensed
 from sixfold.report.scale import number
 
@@ -114,7 +125,7 @@ def test_why_a_group_is_one():
         Group(1, 0, 2, 8, 4.5, math.inf, place=1),
     ]  # fmt: skip
     gaps = [math.inf, 0.25, 4.5, 3.0, 0.1, 2.0, 0.1, 0.1]
-    head = Head(groups, gaps, frozenset({0}), 1.0, 3)
+    head = Head(groups, gaps, 1.0, 3)
     told = [reason(head, group) for group in groups]
     assert told[0] == "begins its cell; neighbours inside at most 0.25 nats apart: consensus"
     assert told[1] == "began 4.5 nats from what is before, not below the threshold of 1; alone"
@@ -126,7 +137,7 @@ def test_why_a_group_is_one():
 def test_consensus_is_strict():
     """At exactly the threshold neighbours stay apart, unless there is no room."""
     groups = [Group(0, 0, 0, 2, 1.0, math.inf)]
-    head = Head(groups, [math.inf, 1.0], frozenset({0}), 1.0, 1)
+    head = Head(groups, [math.inf, 1.0], 1.0, 1)
     assert fate(head, 1) == FULL
     assert "joined for want of room" in reason(head, groups[0])
 
@@ -141,6 +152,7 @@ def test_sinks_are_told_apart_from_the_beginning_of_a_cell():
     assert said[:2] == ["begins its cell; alone", said[1]]
     assert said[1].startswith("is a sink, or stands beside one; neighbours inside at most")
     assert said[2].startswith("begins its cell; neighbours inside")
+    assert [fate(head, at) for at in range(5)] == [CELL, SINK, JOINS, JOINS, CELL]
 
 
 def test_the_page_tells_every_token_and_group(tmp_path):

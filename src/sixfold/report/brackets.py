@@ -18,7 +18,7 @@ WIDE = 1080.0
 LEFT, TALL, ROW, LETTER = 72.0, 44.0, 17.0, 7.9
 VISIBLE = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"})
 CELL, SINK, BEGINS, JOINS, FULL = "cell", "sink", "begins", "joins", "full"
-LOOK = {BEGINS: "s0", JOINS: "faint", FULL: "warning"}
+LOOK = {BEGINS: "s0", SINK: "s2", JOINS: "faint", FULL: "warning"}
 NAMES = {
     CELL: "a cell begins",
     SINK: "a sink, or beside one",
@@ -32,13 +32,11 @@ class Head(NamedTuple):
     """What one head made of one sequence.
 
     groups: of all scales; gaps: how far each token is from the one before in its cell, nats, inf
-    where a cell begins and at sinks, nan where the token is of no cell; cells: where cells of the
-    finest scale begin; capacity: groups of a cell at most.
+    where a cell begins and nan where the token is of no cell; capacity: groups of a cell at most.
     """
 
     groups: Sequence[Group]
     gaps: Sequence[float]
-    cells: frozenset[int]
     threshold: float
     capacity: int
 
@@ -76,9 +74,9 @@ def spelled(group: Group, tokens: Sequence[str]) -> str:
 def fate(head: Head, at: int) -> str:
     """What became of a token's neighbourhood to the one before, at the finest scale."""
     if head.gaps[at] == math.inf:
-        return CELL if at in head.cells else SINK
+        return CELL
     if any(group.scale == 0 and group.start == at for group in head.groups):
-        return BEGINS
+        return SINK if head.gaps[at] < head.threshold else BEGINS
     return JOINS if head.gaps[at] < head.threshold else FULL
 
 
@@ -157,7 +155,7 @@ def style(colours: Mapping[str, str]) -> str:
 def _legend(head: Head) -> str:
     """What the colours mean, of those that occur."""
     fates = {fate(head, at) for at in range(len(head.gaps)) if not math.isnan(head.gaps[at])}
-    keys = [(LOOK[name], "▮", NAMES[name]) for name in (BEGINS, JOINS, FULL) if name in fates]
+    keys = [(LOOK[name], "▮", NAMES[name]) for name in LOOK if name in fates]
     if math.isfinite(head.threshold):
         keys.append(("critical", "┄", f"threshold {number(head.threshold)} nats"))
     keys.append(("faint", "┊", NAMES[CELL]))
@@ -184,8 +182,6 @@ def _bars(head: Head, line: Line, bars: Scale) -> list[str]:
         if math.isnan(gap):
             continue
         what = fate(head, at)
-        if what == SINK:
-            continue
         if what == CELL:
             parts.append(f'<path class="hole" d="M{x:.1f} {bars.end:.1f}V{bars.start + 24:.1f}"/>')
             continue

@@ -52,11 +52,10 @@ class Sight(NamedTuple):
                 f"{self.block} tokens, and to be seen two blocks away"
             )
         gaps = [math.nan] * max(group.stop for group in groups)
-        alone = [group for group in self.alone if (group.head, group.row) == (head, row)]
-        for group in alone:
-            gaps[group.start] = group.began
-        begin = frozenset(group.start for group in alone if group.place == 0)
-        return Head(groups, gaps, begin, self.thresholds[head], self.capacity)
+        for group in self.alone:
+            if (group.head, group.row) == (head, row):
+                gaps[group.start] = group.began
+        return Head(groups, gaps, self.thresholds[head], self.capacity)
 
 
 @torch.no_grad()
