@@ -45,7 +45,10 @@ def copied(model: nn.Module) -> dict[str, torch.Tensor]:
 def remembered(
     folder: Path, name: str, compute: Callable[[], dict[str, float]]
 ) -> dict[str, float]:
-    """What `compute` returned when it first ran under this name."""
+    """What `compute` returned when it first ran under this name.
+
+    A folder knows nothing of the library that ran: another version of it begins another folder.
+    """
     path = folder / f"{name.replace(', ', '-').replace(' ', '_')}.json"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
