@@ -127,6 +127,15 @@ def test_equal_neighbours_merge_without_error(causal):
     torch.testing.assert_close(sequence.fused(), sequence.full(), rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("rules", [Rules(8, 4, 1e9), Rules(8, 4, 1e9, temperature=0.5)], ids=str)
+def test_what_empty_places_are_rated_reaches_no_logit(rules):
+    # all logits are near -1e4, far below the 0 of a place that nothing is in, or nearly nothing
+    key = torch.randn(2, 2, 61, 8, dtype=torch.float64) - 3000
+    sequence = Sequence(rules, key=key)
+    sequence.query = sequence.query.abs()
+    torch.testing.assert_close(sequence.explicit(), sequence.fused(), rtol=0, atol=1e-11)
+
+
 def test_groups_are_what_the_threshold_says():
     moments = torch.tensor([0.0, 0.1, 0.2, 1.0, 1.1, 5.0, 5.0, 9.0])[None, :, None]
     tokens = Tokens(moments, moments, torch.ones(1, 8))

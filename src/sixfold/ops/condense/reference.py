@@ -2,7 +2,8 @@
 
 A group of n tokens under one softmax, weighted by its size, gives each of them the weight of one
 token with the group's logit, and so their values exactly. Only logits are approximate. A token that
-is part of several groups has the logit log sum over groups of its part exp(logit of the group).
+is part of several groups has the logit log sum over groups of its part exp(logit of the group),
+summed beside the largest of the cell: no logit is farther below that than 87 nats, in float32.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from sixfold.contracts import Rating, Visibility
 from sixfold.ops.attend import reference
 from sixfold.ops.condense import cells
 from sixfold.ops.condense.pyramid import Keys, Pyramid, Rules, shares
+from sixfold.ops.precision import wide
 
 
 def logits(
@@ -37,12 +39,13 @@ def logits(
     for scale, (level, share) in enumerate(zip(pyramid.levels, shares(pyramid), strict=True)):
         kept = keys(level.joined().moments)
         rated = reference.logits(rating._replace(key=kept), everything)
-        rated = rated.unflatten(-1, (-1, rules.capacity)).transpose(2, 3)[..., None, :]
-        share = torch.where(share.any(-1, keepdim=True), share, 1.0)  # behind the last token
-        none = share <= 0  # no logarithm is taken there, whose slope would be no number
-        part = torch.where(none, 1.0, share).log().masked_fill(none, -torch.inf)
-        part = part.repeat_interleave(groups, 1)[:, :, :, None]
-        far = (rated + part).logsumexp(-1).transpose(2, 3).flatten(3)[..., :m]
+        rated = wide(rated).unflatten(-1, (-1, rules.capacity)).transpose(2, 3)
+        there = (level.size > 0).repeat_interleave(groups, 1)[..., None, :]
+        rated = rated.masked_fill(~there, torch.finfo(rated.dtype).min)
+        top = rated.detach().amax(-1, keepdim=True)
+        part = (rated - top).exp() @ share.repeat_interleave(groups, 1).mT.to(rated.dtype)
+        far = part.clamp(min=torch.finfo(part.dtype).tiny).log() + top
+        far = far.transpose(2, 3).flatten(3)[..., :m]
         far = pad(far, (0, m - far.shape[-1]))
         seen = torch.zeros(num_blocks, num_blocks, dtype=torch.bool, device=found.device)
         for number in range(num_blocks):
