@@ -100,14 +100,16 @@ def test_the_reference_says_the_same_and_its_weights_are_weights(x, options, cau
 
 
 @pytest.mark.parametrize("options", [{"rope_theta": 1e4}, LAYERS["kl"]], ids=["dot", "kl"])
-def test_sinks_are_the_same_in_segments_and_by_the_reference(x, options):
+@pytest.mark.parametrize("padded", [True, False])
+def test_sinks_are_the_same_in_segments_and_by_the_reference(x, options, padded):
     kept, cache = layer(LOOSE | {"sinks": 2}, options), KeyValueCache()
-    real = torch.ones(2, 61, dtype=torch.bool)
-    real[0, :7] = False
+    real = torch.ones(2, 61, dtype=torch.bool) if padded else None
+    if padded:
+        real[0, :7] = False
     whole = kept(x, is_causal=True, key_mask=real)
     assert (layer(LOOSE, options)(x, is_causal=True, key_mask=real) != whole).any()
     parts = [
-        kept(x[:, a:b], is_causal=True, key_mask=real[:, :b], cache=cache)
+        kept(x[:, a:b], is_causal=True, key_mask=real[:, :b] if padded else None, cache=cache)
         for a, b in pairwise([0, 5, 30, 31, 61])
     ]
     assert_same(torch.cat(parts, 1), whole)

@@ -113,6 +113,11 @@ def test_empty_places_describe_something_finite(schema):
     assert M.divergence(empty, empty, schema, D).abs().max() < 1e-6
 
 
+def test_what_overflows_is_the_largest_number():
+    far = torch.full((1, D), 1e30)
+    assert M.divergence(far, -far, "point", D).tolist() == [torch.finfo(torch.float32).max]
+
+
 @pytest.mark.parametrize("schema", ["diagonal belief", "belief"])
 def test_a_narrow_belief_far_from_the_origin_comes_back_to_the_last_digits(schema):
     torch.manual_seed(0)

@@ -86,7 +86,9 @@ def test_many_nodes_are_averaged_in_half_precision():
     states = torch.full((70_000, 8), 8.0, dtype=torch.float16)
     none, member = torch.zeros(2, 0, dtype=torch.int64), torch.zeros(70_000, dtype=torch.int64)
     there = Topology.of(Graph(states, none, member))
-    assert torch.equal(model.pooled(states, there), states[:1])
+    pooled = model.pooled(states, there)
+    assert pooled.dtype == torch.float16
+    assert torch.equal(pooled, states[:1])
 
 
 def test_every_parameter_gets_a_finite_gradient(make):

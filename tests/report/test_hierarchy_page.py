@@ -122,9 +122,9 @@ def test_why_a_group_is_one():
     groups = [
         Group(0, 0, 0, 2, 0.25, math.inf), Group(0, 0, 2, 3, 0.0, 4.5),
         Group(0, 0, 3, 8, 2.0, 3.0), Group(1, 0, 0, 2, 0.0, math.inf),
-        Group(1, 0, 2, 8, 4.5, math.inf, place=1),
+        Group(1, 0, 2, 8, 4.5, math.inf, place=1), Group(1, 0, 8, 9, 0.0, math.inf, place=2),
     ]  # fmt: skip
-    gaps = [math.inf, 0.25, 4.5, 3.0, 0.1, 2.0, 0.1, 0.1]
+    gaps = [math.inf, 0.25, 4.5, 3.0, 0.1, 2.0, 0.1, 0.1, math.inf]
     head = Head(groups, gaps, 1.0, 3)
     told = [reason(head, group) for group in groups]
     assert told[0] == "begins its cell; neighbours inside at most 0.25 nats apart: consensus"
@@ -132,6 +132,7 @@ def test_why_a_group_is_one():
     assert "2 nats apart: joined for want of room, a cell has 3 groups" in told[2]
     assert told[3] == "begins its cell; joined nothing more at this scale"
     assert told[4].startswith("is a sink, or stands beside one; neighbours inside at most 4.5")
+    assert told[5] == "is a sink, or stands beside one; alone"  # where a finer cell begins
 
 
 def test_consensus_is_strict():
@@ -140,9 +141,11 @@ def test_consensus_is_strict():
     head = Head(groups, [math.inf, 1.0], 1.0, 1)
     assert fate(head, 1) == FULL
     assert "joined for want of room" in reason(head, groups[0])
+    apart = [Group(0, 0, 0, 1, 0.0, math.inf), Group(0, 0, 1, 2, 0.0, 1.0, place=1)]
+    assert fate(Head(apart, [math.inf, 1.0], 1.0, 2), 1) == BEGINS
 
 
-def test_sinks_are_told_apart_from_the_beginning_of_a_cell():
+def test_sinks_are_told_apart_from_the_beginning_of_a_cell(tmp_path):
     reach = {"name": "hierarchical", "block": 4, "capacity": 3, "threshold": 1e9, "sinks": 1}
     torch.manual_seed(0)
     model = LanguageModel(9, 16, 8, 1, attention={"num_heads": 1, "reach": reach})
@@ -153,6 +156,11 @@ def test_sinks_are_told_apart_from_the_beginning_of_a_cell():
     assert said[1].startswith("is a sink, or stands beside one; neighbours inside at most")
     assert said[2].startswith("begins its cell; neighbours inside")
     assert [fate(head, at) for at in range(5)] == [CELL, SINK, JOINS, JOINS, CELL]
+    assert len(set(brackets.LOOK.values())) == len(brackets.LOOK)
+    path = picture(tmp_path / "one.svg", sight, list("abcdefghijkl"), head=0, caption="sinks")
+    legend = {e.text for e in ElementTree.parse(path).iter("{http://www.w3.org/2000/svg}tspan")}
+    shown = {what for what, name in brackets.NAMES.items() if name in legend}
+    assert shown == {CELL, SINK, JOINS}
 
 
 def test_the_page_tells_every_token_and_group(tmp_path):
@@ -177,6 +185,7 @@ def test_the_page_tells_every_token_and_group(tmp_path):
     cells = [text for _, text in page.all("td", **{"class": "n"})]
     for gap in sights[1].head(1).gaps:
         assert math.isinf(gap) or number(gap) in cells
+    assert not {"inf", "∞"} & set(cells)
 
 
 def test_shares_of_a_group_sum_to_one(tmp_path):

@@ -173,7 +173,7 @@ def check_sinks(rules: Rules) -> None:
     sinks = rules.sinks
     if isinstance(sinks, bool) or not isinstance(sinks, int) or sinks < 0:
         raise ValueError(f"sinks must be a whole number of 0 or more, got {sinks!r}")
-    if sinks >= rules.capacity and sinks:
+    if sinks >= rules.capacity:
         raise ValueError(
             f"{sinks} sinks stay alone, which takes a capacity of more than {sinks}, "
             f"got {rules.capacity}"
