@@ -116,6 +116,9 @@ def test_empty_places_describe_something_finite(schema):
 def test_what_overflows_is_the_largest_number():
     far = torch.full((1, D), 1e30)
     assert M.divergence(far, -far, "point", D).tolist() == [torch.finfo(torch.float32).max]
+    mean = torch.tensor([0.0, 1e160], dtype=torch.float64)[:, None]  # whose square overflows
+    one, other = M.moments(Belief(mean, torch.ones(2, 1, 1).double()), "belief")
+    assert M.divergence(one, other, "belief", 1) == torch.finfo(torch.float64).max
 
 
 @pytest.mark.parametrize("schema", ["diagonal belief", "belief"])

@@ -23,9 +23,9 @@ from sixfold.report.brackets import (
     JOINS,
     SINK,
     Head,
-    fate,
+    fates,
     lines,
-    reason,
+    reasons,
     visible,
 )
 from sixfold.report.condensed import look, picture, write_condensed
@@ -106,13 +106,13 @@ def test_what_became_of_a_neighbour_follows_from_its_bar(threshold):
     head = look(made(threshold), read())[0].head(1)
     starts = {group.start for group in head.groups if group.scale == 0}
     for cell in range(0, len(head.gaps), 8):
-        fates = [fate(head, at) for at in range(cell, cell + 8)]
-        assert fates[0] == CELL
-        for at, what in enumerate(fates[1:], cell + 1):
+        became = fates(head)[cell : cell + 8]
+        assert became[0] == CELL
+        for at, what in enumerate(became[1:], cell + 1):
             assert (what == JOINS) == (head.gaps[at] < threshold)
             assert (what == BEGINS) == (at in starts)
-        begun = [head.gaps[cell + i] for i, what in enumerate(fates) if what == BEGINS]
-        full = [head.gaps[cell + i] for i, what in enumerate(fates) if what == FULL]
+        begun = [head.gaps[cell + i] for i, what in enumerate(became) if what == BEGINS]
+        full = [head.gaps[cell + i] for i, what in enumerate(became) if what == FULL]
         if full:
             assert len(begun) == head.capacity - 1
             assert max(full) <= min(begun)
@@ -126,7 +126,7 @@ def test_why_a_group_is_one():
     ]  # fmt: skip
     gaps = [math.inf, 0.25, 4.5, 3.0, 0.1, 2.0, 0.1, 0.1, math.inf]
     head = Head(groups, gaps, 1.0, 3)
-    told = [reason(head, group) for group in groups]
+    told = reasons(head)
     assert told[0] == "begins its cell; neighbours inside at most 0.25 nats apart: consensus"
     assert told[1] == "began 4.5 nats from what is before, not below the threshold of 1; alone"
     assert "2 nats apart: joined for want of room, a cell has 3 groups" in told[2]
@@ -139,23 +139,50 @@ def test_consensus_is_strict():
     """At exactly the threshold neighbours stay apart, unless there is no room."""
     groups = [Group(0, 0, 0, 2, 1.0, math.inf)]
     head = Head(groups, [math.inf, 1.0], 1.0, 1)
-    assert fate(head, 1) == FULL
-    assert "joined for want of room" in reason(head, groups[0])
+    assert fates(head)[1] == FULL
+    assert "joined for want of room" in reasons(head)[0]
     apart = [Group(0, 0, 0, 1, 0.0, math.inf), Group(0, 0, 1, 2, 0.0, 1.0, place=1)]
-    assert fate(Head(apart, [math.inf, 1.0], 1.0, 2), 1) == BEGINS
+    assert fates(Head(apart, [math.inf, 1.0], 1.0, 2))[1] == BEGINS
+
+
+def test_thresholds_are_rounded_as_divergences_are():
+    assert look(made(threshold=0.1), read())[0].thresholds == (0.1, 0.1)
+    single = torch.tensor(0.1).item()
+    assert look(made(threshold=0.1, score="dot"), read())[0].thresholds == (single, single)
+
+
+def test_what_no_file_can_hold_is_shown_by_a_sign(tmp_path):
+    sight = look(made(), read())[0]
+    tokens = [*list(TEXT), ""]
+    tokens[:6] = ["\0", "\x1b[", "\x7f", "\ud800", "\ufffe", "\r\n"]
+    root = ElementTree.parse(picture(tmp_path / "one.svg", sight, tokens, head=0, caption="signs"))
+    shown = [e.text for e in root.iter() if e.get("class") == "token"]
+    assert shown[:6] == ["␀", "␛[", "␡", "�", "�", "␍⏎"]
+    page = Page(write_condensed(tmp_path / "page.html", [sight], tokens).read_bytes().decode())
+    assert page.all("blockquote")[0][1].startswith("␀␛[␡��\r\n & </b>")
+
+
+def beside_a_sink(threshold):
+    reach = {"name": "hierarchical", "block": 4, "capacity": 3, "threshold": threshold, "sinks": 1}
+    torch.manual_seed(0)
+    model = LanguageModel(9, 16, 8, 1, attention={"num_heads": 1, "reach": reach})
+    return look(model, torch.arange(12)[None] % 9)[0]
+
+
+def test_a_sink_is_one_however_far_it_is():
+    head = beside_a_sink(1e-3).head(0)
+    assert head.gaps[1] > head.threshold
+    assert fates(head)[:3] == [CELL, SINK, BEGINS]
 
 
 def test_sinks_are_told_apart_from_the_beginning_of_a_cell(tmp_path):
-    reach = {"name": "hierarchical", "block": 4, "capacity": 3, "threshold": 1e9, "sinks": 1}
-    torch.manual_seed(0)
-    model = LanguageModel(9, 16, 8, 1, attention={"num_heads": 1, "reach": reach})
-    (sight,) = look(model, torch.arange(12)[None] % 9)
+    sight = beside_a_sink(1e9)
     head = sight.head(0)
-    said = [reason(head, group) for group in sight.groups if group.scale == 0]
+    said = [why for why, group in zip(reasons(head), head.groups, strict=True) if not group.scale]
     assert said[:2] == ["begins its cell; alone", said[1]]
     assert said[1].startswith("is a sink, or stands beside one; neighbours inside at most")
     assert said[2].startswith("begins its cell; neighbours inside")
-    assert [fate(head, at) for at in range(5)] == [CELL, SINK, JOINS, JOINS, CELL]
+    assert fates(head)[:5] == [CELL, SINK, JOINS, JOINS, CELL]
     assert len(set(brackets.LOOK.values())) == len(brackets.LOOK)
     path = picture(tmp_path / "one.svg", sight, list("abcdefghijkl"), head=0, caption="sinks")
     legend = {e.text for e in ElementTree.parse(path).iter("{http://www.w3.org/2000/svg}tspan")}
@@ -179,8 +206,8 @@ def test_the_page_tells_every_token_and_group(tmp_path):
     for sight in sights:
         for head in map(sight.head, range(2)):
             told += len(head.gaps) + sum(group.scale > 0 for group in head.groups)
-            for group in head.groups:
-                assert any(reason(head, group) in attrs["aria-label"] for attrs, _ in drawn)
+            for why in reasons(head):
+                assert any(why in attrs["aria-label"] for attrs, _ in drawn)
     assert len(body) - len(page.all("thead")) == told
     cells = [text for _, text in page.all("td", **{"class": "n"})]
     for gap in sights[1].head(1).gaps:

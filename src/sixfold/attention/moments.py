@@ -93,8 +93,8 @@ def described(moments: Tensor, schema: Schema, d: int, dtype: torch.dtype) -> An
 def divergence(one: Tensor, other: Tensor, schema: Schema, d: int) -> Tensor:
     """KL(p || q) + KL(q || p) of tokens with these moments, nats, (...).
 
-    Points are taken for Gaussians with unit covariance: their squared distance. What overflows is
-    the largest number: infinitely far is who agrees with nobody.
+    Points are taken for Gaussians with unit covariance: their squared distance. What overflows, or
+    is no number, is the largest: infinitely far is who agrees with nobody.
     """
     if schema == "point":
         found = (one - other).square().sum(-1)
@@ -102,4 +102,5 @@ def divergence(one: Tensor, other: Tensor, schema: Schema, d: int) -> Tensor:
         p, q = (described(given, schema, d, given.dtype) for given in (one, other))
         of = kl_diagonal if schema == "diagonal belief" else kl
         found = of(p.mean, p.factor, q.mean, q.factor) + of(q.mean, q.factor, p.mean, p.factor)
-    return found.clamp(max=torch.finfo(found.dtype).max)
+    most = torch.finfo(found.dtype).max
+    return found.nan_to_num(nan=most, posinf=most)

@@ -16,7 +16,14 @@ from sixfold.report.svg import LOOKS
 WIDE = 1080.0
 """Of a drawing; tokens that have no room begin another line."""
 LEFT, TALL, ROW, LETTER = 72.0, 44.0, 17.0, 7.9
-VISIBLE = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"})
+SIGNS = {code: 0x2400 + code for code in range(0x20)} | {0x7F: "␡"}
+"""Of control characters: a drawing cannot hold them."""
+NONE = dict.fromkeys([*range(0xD800, 0xE000), 0xFFFE, 0xFFFF], "�")
+"""No characters at all: halves of surrogate pairs and the like, which no file can hold."""
+VISIBLE = str.maketrans(SIGNS | NONE | {" ": "␣", "\n": "⏎", "\t": "⇥"})
+LEGIBLE = str.maketrans(
+    {code: VISIBLE[code] for code in (SIGNS | NONE) if chr(code) not in "\t\n\r"}
+)
 CELL, SINK, BEGINS, JOINS, FULL = "cell", "sink", "begins", "joins", "full"
 LOOK = {BEGINS: "s0", SINK: "s2", JOINS: "faint", FULL: "warning"}
 NAMES = {
@@ -66,22 +73,45 @@ def visible(token: str) -> str:
     return token.translate(VISIBLE)
 
 
+def legible(text: str) -> str:
+    """A text as a page can hold it, its blanks as they are.
+
+    >>> legible("the\\0\\n")
+    'the␀\\n'
+    """
+    return text.translate(LEGIBLE)
+
+
 def spelled(group: Group, tokens: Sequence[str]) -> str:
     """The text of a group."""
     return "".join(map(visible, tokens[group.start : group.stop]))
 
 
-def fate(head: Head, at: int) -> str:
-    """What became of a token's neighbourhood to the one before, at the finest scale."""
-    if head.gaps[at] == math.inf:
-        return CELL
-    if any(group.scale == 0 and group.start == at for group in head.groups):
-        return SINK if head.gaps[at] < head.threshold else BEGINS
-    return JOINS if head.gaps[at] < head.threshold else FULL
+def fates(head: Head) -> list[str]:
+    """What became of each token's neighbourhood to the one before, at the finest scale."""
+    begun = {group.start: group.began for group in head.groups if group.scale == 0}
+
+    def fate(at: int, gap: float) -> str:
+        if gap == math.inf:
+            return CELL
+        if at in begun:
+            return SINK if math.isinf(begun[at]) else BEGINS
+        return JOINS if gap < head.threshold else FULL
+
+    return [fate(at, gap) for at, gap in enumerate(head.gaps)]
 
 
-def reason(head: Head, group: Group) -> str:
-    """Why a group began, and why it goes on as far as it does."""
+def reasons(head: Head) -> list[str]:
+    """Why each group began, and why it goes on as far as it does."""
+    finer = {(group.scale + 1, group.start, group.stop) for group in head.groups}
+    return [
+        _reason(head, group, same=(group.scale, group.start, group.stop) in finer)
+        for group in head.groups
+    ]
+
+
+def _reason(head: Head, group: Group, *, same: bool) -> str:
+    """Of one group, which may be the same as one of the finer scale."""
     if math.isfinite(group.began):
         began = (
             f"began {number(group.began)} nats from what is before, "
@@ -91,10 +121,9 @@ def reason(head: Head, group: Group) -> str:
         began = "begins its cell"
     else:
         began = "is a sink, or stands beside one"
-    same = (group.start, group.stop)
     if group.stop - group.start == 1:
         return f"{began}; alone"
-    if any(g.scale == group.scale - 1 and (g.start, g.stop) == same for g in head.groups):
+    if same:
         return f"{began}; joined nothing more at this scale"
     inside = f"neighbours inside at most {number(group.apart)} nats apart"
     if group.apart < head.threshold:
@@ -125,15 +154,17 @@ def brackets(head: Head, tokens: Sequence[str], title: str) -> tuple[str, float]
     top = max(known, default=0.0) or 1.0
     rows = list(lines(tokens, TALL + 46 + ROW * scales))
     bottom = rows[-1].above + TALL + 46 + ROW * scales
-    parts = [f'<text class="title" x="2" y="14">{escape(title)}</text>', _legend(head)]
+    became = fates(head)
+    parts = [f'<text class="title" x="2" y="14">{escape(title)}</text>', _legend(head, became)]
     for line in rows:
         base = line.above + TALL
-        parts += _bars(head, line, Scale(0.0, 1.04 * top, base, line.above))
+        parts += _bars(head, became, line, Scale(0.0, 1.04 * top, base, line.above))
         parts += _tokens(tokens, line)
         parts += [
             label(2, base + 35 + ROW * scale, f"scale {scale}", "start") for scale in range(scales)
         ]
-    parts += [_group(head, group, tokens, rows, bottom + 13) for group in head.groups]
+    for group, why in zip(head.groups, reasons(head), strict=True):
+        parts.append(_group(group, f"“{spelled(group, tokens)}”: {why}", rows, bottom + 13))
     return "".join(parts), bottom + 18
 
 
@@ -152,10 +183,10 @@ def style(colours: Mapping[str, str]) -> str:
     )
 
 
-def _legend(head: Head) -> str:
+def _legend(head: Head, became: Sequence[str]) -> str:
     """What the colours mean, of those that occur."""
-    fates = {fate(head, at) for at in range(len(head.gaps)) if not math.isnan(head.gaps[at])}
-    keys = [(LOOK[name], "▮", NAMES[name]) for name in LOOK if name in fates]
+    there = {what for what, gap in zip(became, head.gaps, strict=True) if not math.isnan(gap)}
+    keys = [(LOOK[name], "▮", NAMES[name]) for name in LOOK if name in there]
     if math.isfinite(head.threshold):
         keys.append(("critical", "┄", f"threshold {number(head.threshold)} nats"))
     keys.append(("faint", "┊", NAMES[CELL]))
@@ -167,7 +198,7 @@ def _legend(head: Head) -> str:
     return f'<text x="2" y="33">{"".join(shown)}</text>'
 
 
-def _bars(head: Head, line: Line, bars: Scale) -> list[str]:
+def _bars(head: Head, became: Sequence[str], line: Line, bars: Scale) -> list[str]:
     """A bar for each token, on its left edge: how far it is from the one before."""
     left, right = line.edges[0], line.edges[-1]
     parts = [
@@ -181,7 +212,7 @@ def _bars(head: Head, line: Line, bars: Scale) -> list[str]:
         gap = head.gaps[at]
         if math.isnan(gap):
             continue
-        what = fate(head, at)
+        what = became[at]
         if what == CELL:
             parts.append(f'<path class="hole" d="M{x:.1f} {bars.end:.1f}V{bars.start + 24:.1f}"/>')
             continue
@@ -203,12 +234,9 @@ def _tokens(tokens: Sequence[str], line: Line) -> list[str]:
     ]
 
 
-def _group(
-    head: Head, group: Group, tokens: Sequence[str], rows: Sequence[Line], tip: float
-) -> str:
-    """A group as a bar under its tokens, which says at height `tip` why it is one when focused."""
+def _group(group: Group, text: str, rows: Sequence[Line], tip: float) -> str:
+    """A group as a bar under its tokens, which says `text` at height `tip` when focused."""
     size = group.stop - group.start
-    text = f"“{spelled(group, tokens)}”: {reason(head, group)}"
     parts = []
     for line in rows:
         if (span := line.span(group)) is None:

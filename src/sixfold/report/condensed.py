@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from sixfold.attention.hierarchy import Group, hierarchy
 from sixfold.attention.multihead import MultiHeadAttention
 from sixfold.attention.reach.hierarchical import Hierarchical
+from sixfold.ops.precision import wide
 from sixfold.report import brackets
-from sixfold.report.brackets import Head, fate, reason, spelled, visible
+from sixfold.report.brackets import Head, fates, legible, reasons, spelled, visible
 from sixfold.report.html import _jinja2, _packaged
 from sixfold.report.scale import number
 from sixfold.report.svg import DARK, FONT, LIGHT, style
@@ -115,7 +116,9 @@ def _sight(name: str, layer: MultiHeadAttention, x: Tensor, masks: dict[str, Any
     apart.reach = Hierarchical(
         rules._replace(threshold=0.0, capacity=rules.block, scales=1, sinks=0)
     )
-    thresholds = torch.as_tensor(rules.threshold).flatten().expand(layer.heads.num_kv_heads)
+    dtype = torch.float64 if layer.score.schema != "point" else wide(x).dtype  # of divergences
+    thresholds = torch.as_tensor(rules.threshold, dtype=dtype).flatten()
+    thresholds = thresholds.expand(layer.heads.num_kv_heads)
     return Sight(
         name,
         hierarchy(layer, x, **masks),
@@ -160,7 +163,7 @@ def write_condensed(
     path.write_text(
         page.render(
             title=title,
-            sentence="".join(tokens),
+            sentence=legible("".join(tokens)),
             length=len(tokens),
             layers=layers,
             css=_packaged("page.css") + style(LIGHT) + brackets.style(LIGHT) + dark,
@@ -208,6 +211,7 @@ def _told(sight: Sight, number_: int, row: int, tokens: Sequence[str]) -> dict[s
     head = _checked(sight, number_, row, tokens)
     body, height = brackets.brackets(head, tokens, f"{sight.layer}, head {number_}")
     scales = sorted({group.scale for group in head.groups})
+    told = zip(head.groups, reasons(head), strict=True)
     counts = [sum(group.scale == scale for group in head.groups) for scale in scales]
     return {
         "name": f"head {number_}",
@@ -221,30 +225,36 @@ def _told(sight: Sight, number_: int, row: int, tokens: Sequence[str]) -> dict[s
             f'viewBox="0 0 {brackets.WIDE:.0f} {height:.0f}">{body}</svg>'
         ),
         "tokens": _tokens(head, tokens),
-        "groups": [_group(head, group, tokens) for group in head.groups if group.scale > 0],
+        "groups": [_group(head, group, tokens, why) for group, why in told if group.scale > 0],
         "threshold": number(head.threshold),
     }
 
 
 def _tokens(head: Head, tokens: Sequence[str]) -> list[tuple[str, ...]]:
     """By token: place, text, nats from the one before, what that led to, its group and share."""
-    rows = []
+    rows, became = [], fates(head)
     for group in (group for group in head.groups if group.scale == 0):
         of = spelled(group, tokens)
         there = [at for at in range(group.start, group.stop) if not math.isnan(head.gaps[at])]
         for at in there:
-            what = fate(head, at)
             gap = number(head.gaps[at]) if math.isfinite(head.gaps[at]) else ""
             rows.append(
-                (str(at), visible(tokens[at]), gap, brackets.NAMES[what], of, share(len(there)))
+                (
+                    str(at),
+                    visible(tokens[at]),
+                    gap,
+                    brackets.NAMES[became[at]],
+                    of,
+                    share(len(there)),
+                )
             )
     return rows
 
 
-def _group(head: Head, group: Group, tokens: Sequence[str]) -> tuple[str, ...]:
+def _group(head: Head, group: Group, tokens: Sequence[str], why: str) -> tuple[str, ...]:
     of = spelled(group, tokens)
     there = sum(not math.isnan(gap) for gap in head.gaps[group.start : group.stop])
-    return (str(group.scale), of, str(there), share(there), reason(head, group))
+    return (str(group.scale), of, str(there), share(there), why)
 
 
 def share(size: int) -> str:
