@@ -44,7 +44,8 @@ class EmergentHierarchicalAttention(GaugeAttention):
         scales: how many there are, None for all that fit.
         temperature: of soft groups in training, None for hard ones.
         learned: every head learns its threshold; needs a temperature.
-        options: any further argument of `GaugeAttention` but `reach`.
+        options: any further argument of `GaugeAttention` but `reach`; a hierarchy with sinks is a
+            `GaugeAttention` of that reach.
 
     Raises:
         ValueError: for rules that cannot be meant, a reach beside them, and as `GaugeAttention`.
