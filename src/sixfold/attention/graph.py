@@ -222,10 +222,11 @@ class SpectralGraphAttention(nn.Module):
         value = self.value(x).unflatten(-1, (-1, self.heads.head_dim))
         if self.coefficients is None:
             return self.attended(x, value, there).flatten(1)
-        out = self.filtered(value, there)
+        out = self.filtered(value, there).flatten(1)
         if self.gate is not None:
-            out = out + self.gate[:, None].to(out.dtype) * self.attended(x, value, there)
-        return out.flatten(1)
+            gate = self.gate.to(out.dtype)[:, None].expand(-1, self.heads.head_dim).flatten()
+            out = torch.addcmul(out, gate, self.attended(x, value, there).flatten(1))
+        return out
 
     def filtered(self, value: Tensor, there: Topology) -> Tensor:
         """g_h(L) V_h of values (n, h, d), same shape out."""

@@ -7,6 +7,7 @@ the graph is undirected, a gradient takes the same steps.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -66,66 +67,82 @@ class Neighbours(NamedTuple):
         return cls(sources, offsets, -(degree[sources] * degree[targets]).double().rsqrt())
 
 
-def polynomials(x: Tensor, order: int, neighbours: Neighbours) -> list[Tensor]:
-    """T_k(L - I) x for k = 0 to an order, of x (n, h, d)."""
-    sources, offsets, once = neighbours
-
-    def stepped(term: Tensor, weights: Tensor) -> Tensor:
-        near = embedding_bag(
-            sources,
-            term.flatten(1),
-            offsets,
-            mode="sum",
-            per_sample_weights=weights,
-            include_last_offset=True,
-        )
-        return near.view(x.shape)
-
-    terms = [x.contiguous()]
-    if order:
-        terms.append(stepped(terms[0], once))
-    twice = 2 * once
-    while len(terms) <= order:
-        terms.append(stepped(terms[-1], twice).sub_(terms[-2]))
-    return terms
+def stepped(x: Tensor, sources: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+    """(L - I) x, of x (n, w), by the weights of its neighbours."""
+    return embedding_bag(
+        sources, x, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
+    )
 
 
-class Filter(torch.autograd.Function):
-    """sum over k of a_k T_k(L - I) x. L is symmetric, so the gradient by x is filtered alike."""
+class Step(torch.autograd.Function):
+    """The same, differentiable as often as wanted: L is symmetric, a gradient takes such a step."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, coefficients: Tensor, *neighbours: Tensor) -> Tensor:  # noqa: D102
-        terms = polynomials(x, len(coefficients) - 1, Neighbours(*neighbours))
-        out = coefficients[0] * x
-        for a, term in zip(coefficients[1:], terms[1:], strict=True):
-            out.addcmul_(a, term)
-        later = terms[1:] if ctx.needs_input_grad[1] else []
-        ctx.save_for_backward(x, coefficients, *neighbours, *later)
-        return out
+    def forward(ctx, x: Tensor, *neighbours: Tensor) -> Tensor:  # noqa: D102
+        ctx.save_for_backward(*neighbours)
+        return stepped(x, *neighbours)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
-        x, coefficients, sources, offsets, weights, *later = ctx.saved_tensors
-        neighbours = (sources, offsets, weights)
+        return Step.apply(gradient, *ctx.saved_tensors), None, None, None
+
+
+def polynomials(
+    x: Tensor, order: int, neighbours: Neighbours, step: Callable[..., Tensor] = stepped
+) -> list[Tensor]:
+    """T_k(L - I) x for k = 0 to an order, of x (n, w)."""
+    terms = [x.contiguous()]
+    if order:
+        terms.append(step(terms[0], *neighbours))
+    twice = neighbours._replace(weights=2 * neighbours.weights)
+    while len(terms) <= order:
+        terms.append(step(terms[-1], *twice).sub_(terms[-2]))
+    return terms
+
+
+def combined(coefficients: Tensor, terms: list[Tensor]) -> Tensor:
+    """sum over k of a_k times term k, a (k, w) and terms (n, w)."""
+    out = coefficients[0] * terms[0]
+    for a, term in zip(coefficients[1:], terms[1:], strict=True):
+        out.addcmul_(a, term)
+    return out
+
+
+class Filter(torch.autograd.Function):
+    """sum over k of a_k T_k(L - I) x, of x (n, w) and a (k, w).
+
+    L is symmetric, so <T_k x, g> = <x, T_k g>: the terms of a gradient g make both gradients, and
+    those of x need not be kept.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, coefficients: Tensor, *neighbours: Tensor) -> Tensor:  # noqa: D102
+        ctx.save_for_backward(x, coefficients, *neighbours)
+        terms = polynomials(x, len(coefficients) - 1, Neighbours(*neighbours))
+        return combined(coefficients, terms)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+        x, coefficients, *neighbours = ctx.saved_tensors
+        step = Step.apply if torch.is_grad_enabled() else stepped
+        order = len(coefficients) - 1
+        terms = polynomials(gradient, order, Neighbours(*neighbours), step)
         by_x = by_coefficients = None
         if ctx.needs_input_grad[0]:
-            by_x = Filter.apply(gradient, coefficients, *neighbours)
+            by_x = combined(coefficients, terms)
         if ctx.needs_input_grad[1]:
-            terms = [x, *later]
-            if torch.is_grad_enabled():  # second derivatives go through the terms too
-                units = torch.eye(len(coefficients), device="cpu").to(x)[..., None, None]
-                terms = [Filter.apply(x, unit, *neighbours) for unit in units]
-            parts = [(gradient * term).sum(0) for term in terms]
-            by_coefficients = torch.stack(parts).sum_to_size(coefficients.shape)
+            by_coefficients = torch.stack([(x * term).sum(0) for term in terms])
         return by_x, by_coefficients, None, None, None
 
 
 def filtered(x: Tensor, coefficients: Tensor, neighbours: Neighbours) -> Tensor:
-    """Same as the reference, of neighbours; cost (order) x (n + e) x h d, memory (order) x n x h d.
+    """Same as the reference, of neighbours; cost (order) x (n + e) x h d, and kept are n x h d.
 
-    In float32 at least: a recurrence rounds at each of its steps.
+    In float32 at least: a recurrence rounds at each of its steps. Heads and their channels are one
+    row, so that a coefficient is multiplied along it and not spread over a few channels at a time.
     """
-    exact = wide(x)
+    exact = wide(x).flatten(1)
     weights = neighbours.weights.to(exact.dtype)
-    out = Filter.apply(exact, coefficients.to(exact), *neighbours._replace(weights=weights))
-    return out.to(x.dtype)
+    by_channel = coefficients.to(exact).expand(-1, *x.shape[1:]).flatten(1)
+    out = Filter.apply(exact, by_channel, *neighbours._replace(weights=weights))
+    return out.view(x.shape).to(x.dtype)
