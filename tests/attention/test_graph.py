@@ -146,11 +146,13 @@ def test_without_filters_it_is_plain_attention():
     close(both(graph.nodes, graph), expected)
 
 
-def test_both_paths_add_up_under_the_gate():
-    layer, graph = made(gate=0.3), random_graph(6, (4, 5))
+def test_both_paths_add_up_under_the_gate_of_each_head():
+    layer, graph = made(), random_graph(6, (4, 5))
+    gate = torch.nn.init.normal_(layer.gate.data)
     there = Topology.of(graph)
     value = layer.value(graph.nodes).view(9, HEADS, -1)
-    out = layer.filtered(value, there) + 0.3 * layer.attended(graph.nodes, value, there)
+    out = layer.filtered(value, there)
+    out = out + gate[:, None] * layer.attended(graph.nodes, value, there)
     close(layer(graph.nodes, graph), out.flatten(1))
 
 

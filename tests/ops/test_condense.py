@@ -136,6 +136,35 @@ def test_what_empty_places_are_rated_reaches_no_logit(rules):
     torch.testing.assert_close(sequence.explicit(), sequence.fused(), rtol=0, atol=1e-11)
 
 
+def test_groups_far_below_the_largest_of_a_cell_have_logits_in_half_precision():
+    key = 10 * torch.randn(2, 2, 61, 8, dtype=torch.float64)
+    sequence = Sequence(Rules(8, 8, 0.0, 1), key=key)
+    rating = Features(*(t.detach().half() for t in (sequence.query, key)), 0.4)
+    given = (rating, torch.Tensor.half, sequence.pyramid, sequence.rules)
+    found = reference.logits(*given, is_causal=True)
+    assert found.dtype == torch.float16
+    assert found.isfinite().all()
+
+
+def test_a_weighted_logsumexp_is_exact_under_autocast_and_of_what_overflows():
+    torch.manual_seed(0)
+    rated = torch.randn(2, 7, 4)
+    share = torch.rand(2, 9, 4)
+    expected = (rated[:, :, None] + share[:, None].log()).logsumexp(-1)
+    torch.testing.assert_close(reference.weighted_logsumexp(rated, share), expected)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            torch.testing.assert_close(reference.weighted_logsumexp(rated, share), expected)
+    rated[0, 3], rated[1, 2, 1:] = -torch.inf, -200.0
+    rated.requires_grad_()
+    share[1, 5, 0] = 0.0
+    found = reference.weighted_logsumexp(rated, share)
+    assert found[0, 3].isneginf().all()
+    assert found[1, 2, 5].isneginf()  # of places 200 nats below the one it has no part of
+    (grad,) = torch.autograd.grad(found[found.isfinite()].sum(), rated)
+    assert grad.isfinite().all()
+
+
 def test_groups_are_what_the_threshold_says():
     moments = torch.tensor([0.0, 0.1, 0.2, 1.0, 1.1, 5.0, 5.0, 9.0])[None, :, None]
     tokens = Tokens(moments, moments, torch.ones(1, 8))

@@ -2,8 +2,7 @@
 
 A group of n tokens under one softmax, weighted by its size, gives each of them the weight of one
 token with the group's logit, and so their values exactly. Only logits are approximate. A token that
-is part of several groups has the logit log sum over groups of its part exp(logit of the group),
-summed beside the largest of the cell: no logit is farther below that than 87 nats, in float32.
+is part of several groups has the logit log sum over groups of its part exp(logit of the group).
 """
 
 from __future__ import annotations
@@ -16,7 +15,21 @@ from sixfold.contracts import Rating, Visibility
 from sixfold.ops.attend import reference
 from sixfold.ops.condense import cells
 from sixfold.ops.condense.pyramid import Keys, Pyramid, Rules, shares
-from sixfold.ops.precision import wide
+from sixfold.ops.precision import exact, wide
+
+
+def weighted_logsumexp(rated: Tensor, share: Tensor) -> Tensor:
+    """log sum over places of share exp(rated), (..., n, w).
+
+    rated (..., n, places), share (..., w, places). What is too little beside the largest of a row,
+    87 nats below it in float32, is -inf.
+    """
+    least = torch.finfo(rated.dtype).min
+    top = rated.detach().amax(-1, keepdim=True).clamp(min=least)
+    with exact(rated):
+        found = (rated - top).exp() @ share.to(rated.dtype).mT
+    nothing = found == 0  # no logarithm is taken there, whose slope would be no number
+    return found.masked_fill(nothing, 1.0).log().masked_fill(nothing, -torch.inf) + top
 
 
 def logits(
@@ -40,11 +53,8 @@ def logits(
         kept = keys(level.joined().moments)
         rated = reference.logits(rating._replace(key=kept), everything)
         rated = wide(rated).unflatten(-1, (-1, rules.capacity)).transpose(2, 3)
-        there = (level.size > 0).repeat_interleave(groups, 1)[..., None, :]
-        rated = rated.masked_fill(~there, torch.finfo(rated.dtype).min)
-        top = rated.detach().amax(-1, keepdim=True)
-        part = (rated - top).exp() @ share.repeat_interleave(groups, 1).mT.to(rated.dtype)
-        far = part.clamp(min=torch.finfo(part.dtype).tiny).log() + top
+        empty, share = (t.repeat_interleave(groups, 1) for t in (level.size == 0, share))
+        far = weighted_logsumexp(rated.masked_fill(empty[..., None, :], -torch.inf), share)
         far = far.transpose(2, 3).flatten(3)[..., :m]
         far = pad(far, (0, m - far.shape[-1]))
         seen = torch.zeros(num_blocks, num_blocks, dtype=torch.bool, device=found.device)
