@@ -3,7 +3,7 @@
 Rows go to results/graphs.csv: accuracy on test, on validation and processor seconds of a run, each a mean
 over seeds and half the width of its 95 % interval.
 Nodes: Cora and Citeseer in their public split; the RFCs of 60 working groups, 20 of each to train, drawn at
-random or the oldest. Each rival draws the same number of configurations from the same space (width, layers,
+random once or the oldest. Each rival draws the same number of configurations from the same space (width, layers,
 dropout, weight decay, rate, norm, residual; the i-th of one shares these with the i-th of another) and from what
 is its own. The four that are best on validation with one seed get two more, and the best of these by their mean is
 trained again with fresh seeds; the step that counts is the best on validation, and the accuracy on test is that of
@@ -23,7 +23,6 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -250,7 +249,7 @@ def standing(tried: list[dict[str, float]]) -> tuple[float, float]:
 
 def of_nodes(
     name: str,
-    data: Callable[[int], LabelledNodes],
+    data: LabelledNodes,
     rival: str,
     trials: int,
     seeds: int,
@@ -261,7 +260,7 @@ def of_nodes(
     def tried(number: int, seed: int) -> dict[str, float]:
         config = draw(rival, number, pooled=False)
         file = f"{name}-{rival}-try-{number}-{seed}"
-        found = remembered(folder, file, lambda: nodes_run(data(0), rival, config, seed))
+        found = remembered(folder, file, lambda: nodes_run(data, rival, config, seed))
         # nobody is to see what a configuration does on the test nodes before one is chosen
         known = {key: value for key, value in found.items() if key != "accuracy"}
         print(f"{name} {rival} {number}, seed {seed}: {known} {config}", flush=True)
@@ -277,7 +276,7 @@ def of_nodes(
         remembered(
             folder,
             f"{name}-{rival}-of-{number}-{seed}",
-            lambda s=seed: nodes_run(data(s), rival, config, s),
+            lambda s=seed: nodes_run(data, rival, config, s),
         )
         for seed in range(seeds)
     ]
@@ -324,24 +323,14 @@ def experiments(
         data = planetoid.build(name=name)
         for rival in OWN:
             found[f"{name}, {rival}"] = partial(
-                of_nodes,
-                name,
-                lambda seed, data=data: data,
-                rival,
-                given.trials,
-                given.seeds,
-                folder,
+                of_nodes, name, data, rival, given.trials, given.seeds, folder
             )
-    for part, rival in product(rfc_citations.SPLITS, ("gcn", "filters")):
-        found[f"rfc {part}, {rival}"] = partial(
-            of_nodes,
-            f"rfc {part}",
-            lambda seed, part=part: rfc_citations.build(part=part, seed=seed),
-            rival,
-            given.large_trials,
-            given.large_seeds,
-            folder,
-        )
+    for part in rfc_citations.SPLITS:
+        data = rfc_citations.build(part=part, seed=0)
+        for rival in ("gcn", "filters"):
+            found[f"rfc {part}, {rival}"] = partial(
+                of_nodes, f"rfc {part}", data, rival, given.large_trials, given.large_seeds, folder
+            )
     return found
 
 

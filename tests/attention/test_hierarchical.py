@@ -49,11 +49,13 @@ def assert_same(one: torch.Tensor, other: torch.Tensor) -> None:
 
 
 @every_layer
-def test_what_padding_holds_reaches_nobody(x, options):
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_what_padding_holds_reaches_no_output(x, options, impl):
     real = torch.ones(2, 61, dtype=torch.bool)
     real[0, :20] = real[1, 50:] = False
     held = x.masked_fill(~real[..., None], torch.nan)
     condensing = layer(LOOSE, options)
+    condensing.impl = impl
     found = condensing(held, key_mask=real, is_causal=True)
     expected = condensing(held.nan_to_num(0.0), key_mask=real, is_causal=True)
     assert torch.equal(found[real], expected[real])

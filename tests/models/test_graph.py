@@ -80,9 +80,10 @@ def test_poolings_are_what_they_are_called():
     assert torch.allclose(model.pooled(x, there)[2], x[7], atol=1e-6)
 
 
-def test_many_nodes_are_averaged_in_half_precision():
-    """70,000 states of about 8 sum to more than float16 holds."""
-    model = GraphClassifier(**TINY).half()
+@pytest.mark.parametrize("pooling", ["mean", "attention"])
+def test_many_nodes_are_averaged_in_half_precision(pooling):
+    """70,000 states of about 8 sum to more than float16 holds, and a share is less than it knows."""
+    model = GraphClassifier(**TINY, pooling=pooling).half()
     states = torch.full((70_000, 8), 8.0, dtype=torch.float16)
     none, member = torch.zeros(2, 0, dtype=torch.int64), torch.zeros(70_000, dtype=torch.int64)
     there = Topology.of(Graph(states, none, member))

@@ -300,6 +300,30 @@ def test_padding_is_of_no_group(tmp_path):
     assert write_condensed(tmp_path / "page.html", sights, list(TEXT)).exists()
 
 
+def test_a_token_that_is_hidden_is_of_no_group_around_it(tmp_path):
+    mask = torch.ones(1, len(TEXT), dtype=torch.bool)
+    mask[:, 5] = False
+    sight = look(made(threshold=1e9), read(), key_mask=mask)[0]
+    path = picture(tmp_path / "one.svg", sight, list(TEXT), head=0, caption="5 is hidden")
+    root = ElementTree.parse(path)
+    first = next(e for e in root.iter() if e.get("class", "").startswith("group"))
+    assert [e.text for e in first if e.get("class") == "paper"] == ["7"]
+    assert "“If␣<b␣&”" in first.get("aria-label")
+
+
+def test_what_overflows_leaves_the_other_bars_their_height(tmp_path):
+    sight = look(made(), read())[0]
+    alone = list(sight.alone)
+    alone[3] = alone[3]._replace(began=3.4e38)
+    path = picture(
+        tmp_path / "one.svg", sight._replace(alone=tuple(alone)), list(TEXT), head=0, caption=""
+    )
+    bars = [e for e in ElementTree.parse(path).iter() if "bar" in e.get("class", "")]
+    heights = sorted(float(bar.get("height")) for bar in bars)
+    assert heights[-1] == pytest.approx(44)
+    assert heights[-2] > 40
+
+
 def test_what_cannot_be_shown_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no layer of reach 'hierarchical'"):
         look(LanguageModel(128, 96, 8, 1), read())

@@ -13,7 +13,6 @@ from sixfold.contracts import Graph
 from sixfold.discover import unknown
 from sixfold.models._block import given
 from sixfold.models.node import NodeClassifier, Norm
-from sixfold.ops.precision import wide
 
 POOLINGS = ("mean", "sum", "attention")
 
@@ -74,10 +73,11 @@ class GraphClassifier(NodeClassifier):
     def pooled(self, x: Tensor, there: Topology) -> Tensor:
         """One state (g, d_model) for every graph, of states x (n, d_model) of its nodes."""
         rows, real = there.rows(x), there.real[..., None]
+        dtype = torch.promote_types(x.dtype, torch.float32)  # of many nodes half would overflow
         if self.pooling == "attention":
-            shares = self.rate(rows).masked_fill(~real, -torch.inf).softmax(1)
-            return (shares * rows).sum(1)
-        total = wide(rows).sum(1)  # many nodes: half precision would overflow
+            shares = self.rate(rows).masked_fill(~real, -torch.inf).softmax(1, dtype=dtype)
+            return (shares * rows).sum(1).to(x.dtype)
+        total = rows.sum(1, dtype=dtype)
         return (total if self.pooling == "sum" else total / real.sum(1)).to(x.dtype)
 
 

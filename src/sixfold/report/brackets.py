@@ -15,6 +15,8 @@ from sixfold.report.svg import LOOKS
 
 WIDE = 1080.0
 """Of a drawing; tokens that have no room begin another line."""
+OVERFLOW = 1e38
+"""What is apart by more, in nats, is drawn as high as there is room."""
 LEFT, TALL, ROW, LETTER = 72.0, 44.0, 17.0, 7.9
 SIGNS = {code: 0x2400 + code for code in range(0x20)} | {0x7F: "␡"}
 """Of control characters: a drawing cannot hold them."""
@@ -82,9 +84,14 @@ def legible(text: str) -> str:
     return text.translate(LEGIBLE)
 
 
-def spelled(group: Group, tokens: Sequence[str]) -> str:
+def there(head: Head, group: Group) -> list[int]:
+    """The tokens of a group: of what lies between them, none that was hidden."""
+    return [at for at in range(group.start, group.stop) if not math.isnan(head.gaps[at])]
+
+
+def spelled(head: Head, group: Group, tokens: Sequence[str]) -> str:
     """The text of a group."""
-    return "".join(map(visible, tokens[group.start : group.stop]))
+    return "".join(visible(tokens[at]) for at in there(head, group))
 
 
 def fates(head: Head) -> list[str]:
@@ -121,7 +128,7 @@ def _reason(head: Head, group: Group, *, same: bool) -> str:
         began = "begins its cell"
     else:
         began = "is a sink, or stands beside one"
-    if group.stop - group.start == 1:
+    if len(there(head, group)) == 1:
         return f"{began}; alone"
     if same:
         return f"{began}; joined nothing more at this scale"
@@ -150,7 +157,7 @@ def brackets(head: Head, tokens: Sequence[str], title: str) -> tuple[str, float]
     """
     tokens = tokens[: len(head.gaps)]
     scales = 1 + max(group.scale for group in head.groups)
-    known = [gap for gap in (*head.gaps, head.threshold) if math.isfinite(gap)]
+    known = [gap for gap in (*head.gaps, head.threshold) if abs(gap) < OVERFLOW]
     top = max(known, default=0.0) or 1.0
     rows = list(lines(tokens, TALL + 46 + ROW * scales))
     bottom = rows[-1].above + TALL + 46 + ROW * scales
@@ -164,7 +171,8 @@ def brackets(head: Head, tokens: Sequence[str], title: str) -> tuple[str, float]
             label(2, base + 35 + ROW * scale, f"scale {scale}", "start") for scale in range(scales)
         ]
     for group, why in zip(head.groups, reasons(head), strict=True):
-        parts.append(_group(group, f"“{spelled(group, tokens)}”: {why}", rows, bottom + 13))
+        text = f"“{spelled(head, group, tokens)}”: {why}"
+        parts.append(_group(group, len(there(head, group)), text, rows, bottom + 13))
     return "".join(parts), bottom + 18
 
 
@@ -185,8 +193,8 @@ def style(colours: Mapping[str, str]) -> str:
 
 def _legend(head: Head, became: Sequence[str]) -> str:
     """What the colours mean, of those that occur."""
-    there = {what for what, gap in zip(became, head.gaps, strict=True) if not math.isnan(gap)}
-    keys = [(LOOK[name], "▮", NAMES[name]) for name in LOOK if name in there]
+    seen = {what for what, gap in zip(became, head.gaps, strict=True) if not math.isnan(gap)}
+    keys = [(LOOK[name], "▮", NAMES[name]) for name in LOOK if name in seen]
     if math.isfinite(head.threshold):
         keys.append(("critical", "┄", f"threshold {number(head.threshold)} nats"))
     keys.append(("faint", "┊", NAMES[CELL]))
@@ -234,9 +242,8 @@ def _tokens(tokens: Sequence[str], line: Line) -> list[str]:
     ]
 
 
-def _group(group: Group, text: str, rows: Sequence[Line], tip: float) -> str:
+def _group(group: Group, size: int, text: str, rows: Sequence[Line], tip: float) -> str:
     """A group as a bar under its tokens, which says `text` at height `tip` when focused."""
-    size = group.stop - group.start
     parts = []
     for line in rows:
         if (span := line.span(group)) is None:

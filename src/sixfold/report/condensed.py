@@ -22,7 +22,7 @@ from sixfold.attention.multihead import MultiHeadAttention
 from sixfold.attention.reach.hierarchical import Hierarchical
 from sixfold.ops.precision import wide
 from sixfold.report import brackets
-from sixfold.report.brackets import Head, fates, legible, reasons, spelled, visible
+from sixfold.report.brackets import Head, fates, legible, reasons, spelled, there, visible
 from sixfold.report.html import _jinja2, _packaged
 from sixfold.report.scale import number
 from sixfold.report.svg import DARK, FONT, LIGHT, style
@@ -162,7 +162,7 @@ def write_condensed(
     path = Path(path)
     path.write_text(
         page.render(
-            title=title,
+            title=legible(title),
             sentence=legible("".join(tokens)),
             length=len(tokens),
             layers=layers,
@@ -234,27 +234,17 @@ def _tokens(head: Head, tokens: Sequence[str]) -> list[tuple[str, ...]]:
     """By token: place, text, nats from the one before, what that led to, its group and share."""
     rows, became = [], fates(head)
     for group in (group for group in head.groups if group.scale == 0):
-        of = spelled(group, tokens)
-        there = [at for at in range(group.start, group.stop) if not math.isnan(head.gaps[at])]
-        for at in there:
+        own = there(head, group)
+        of = spelled(head, group, tokens), share(len(own))
+        for at in own:
             gap = number(head.gaps[at]) if math.isfinite(head.gaps[at]) else ""
-            rows.append(
-                (
-                    str(at),
-                    visible(tokens[at]),
-                    gap,
-                    brackets.NAMES[became[at]],
-                    of,
-                    share(len(there)),
-                )
-            )
+            rows.append((str(at), visible(tokens[at]), gap, brackets.NAMES[became[at]], *of))
     return rows
 
 
 def _group(head: Head, group: Group, tokens: Sequence[str], why: str) -> tuple[str, ...]:
-    of = spelled(group, tokens)
-    there = sum(not math.isnan(gap) for gap in head.gaps[group.start : group.stop])
-    return (str(group.scale), of, str(there), share(there), why)
+    size = len(there(head, group))
+    return (str(group.scale), spelled(head, group, tokens), str(size), share(size), why)
 
 
 def share(size: int) -> str:
