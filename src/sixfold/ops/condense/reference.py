@@ -21,8 +21,8 @@ from sixfold.ops.precision import exact, wide
 def weighted_logsumexp(rated: Tensor, share: Tensor) -> Tensor:
     """log sum over places of share exp(rated), (..., n, w).
 
-    rated (..., n, places), share (..., w, places). What is too little beside the largest of a row,
-    87 nats below it in float32, is -inf.
+    rated (..., n, places), share (..., w, places). What underflows beside the largest of
+    a row, about 100 nats below it in float32, is -inf.
     """
     least = torch.finfo(rated.dtype).min
     top = rated.detach().amax(-1, keepdim=True).clamp(min=least)
